@@ -94,6 +94,7 @@ class _Entry:
 
 def _parse(path: Path) -> list[_Entry]:
     from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedSeq
     from ruamel.yaml.error import YAMLError
 
     if not path.is_file():
@@ -107,7 +108,7 @@ def _parse(path: Path) -> list[_Entry]:
         raise ClaimError(f'{path} is not YAML: {reason} (expectations such as "> 0" need their quotes)') from None
     if not content:
         raise ClaimError(f"{path} holds no claim, expected at least one; a paper without a claim is not on the board.")
-    if not isinstance(content, list):
+    if not isinstance(content, CommentedSeq):
         raise ClaimError(f"{path} holds a {type(content).__name__}, expected a list; start every claim with '- id: '.")
     entries = []
     for number, item in enumerate(content):

@@ -21,6 +21,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,25 +176,25 @@ def judge(
     """
     _require_profile(profile)
     origin = provenance or {}
-    about = {"profile": profile, "device": str(origin.get("device", "")), "run": str(origin.get("run", ""))}
-    unmet = _unmet_profile(claim, profile)
-    if unmet:
-        return Verdict(NOT_TESTED, unmet, **about)
+    verdict = partial(
+        Verdict, profile=profile, device=str(origin.get("device") or ""), run=str(origin.get("run") or "")
+    )
+    if unmet := _unmet_profile(claim, profile):
+        return verdict(NOT_TESTED, unmet)
     if metrics is None:
-        return Verdict(*_missing(claim, origin, profile, due), **about)
-    unmet = _unmet_by_run(claim, origin)
-    if unmet:
-        return Verdict(NOT_TESTED, unmet, **about)
+        return verdict(*_missing(claim, origin, profile, due))
+    if unmet := _unmet_by_run(claim, origin):
+        return verdict(NOT_TESTED, unmet)
     try:
         measured = claim.metric.evaluate(metrics)
         _require_seeding(claim, measured)
     except MetricError as error:
-        return Verdict(ERROR, str(error), **about)
-    verdict, reason, interval = _compare(claim, measured)
+        return verdict(ERROR, str(error))
+    outcome, reason, interval = _compare(claim, measured)
     if origin.get("restored"):
         reason += "; restored from the cache, the run named is the one that measured it"
-    shown = {"low": interval.low, "high": interval.high} if math.isfinite(interval.low) else {}
-    return Verdict(verdict, reason, measured=interval.mean, seeds=len(measured.seeds), **shown, **about)
+    low, high = (interval.low, interval.high) if math.isfinite(interval.low) else (None, None)
+    return verdict(outcome, reason, measured=interval.mean, low=low, high=high, seeds=len(measured.seeds))
 
 
 def expectation(text: str) -> Band:

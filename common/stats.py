@@ -73,7 +73,7 @@ def bca_interval(
     z0 = Phi^-1(share of resampled means below the mean), a = sum d^3 / (6 (sum d^2)^1.5) with d the jackknife's
     deviations; the limits are the resampled means' quantiles at Phi(z0 + (z0 + z)/(1 - a (z0 + z))).
     """
-    sample = np.sort(_sample(values, least=2))
+    sample = _sample(values, least=2)
     if np.ptp(sample) == 0:
         return float(sample[0]), float(sample[0])
     draws = np.random.default_rng(0).integers(0, len(sample), size=(resamples, len(sample)))
@@ -126,4 +126,4 @@ def _sample(values: Sequence[float] | np.ndarray, least: int = 1) -> np.ndarray:
             f"got values that are not finite: {sample[~np.isfinite(sample)].tolist()}, expected numbers; look at the "
             "seeds that diverged before taking a mean over them."
         )
-    return sample
+    return np.sort(sample)
