@@ -1,4 +1,4 @@
-"""`pyproject.toml`, `requirements.lock`, `locks/` and `environment.yml` describe one environment, and it is this one."""
+"""`pyproject.toml`, the lock, `locks/` and `environment.yml` describe one environment, and it is this one."""
 
 from __future__ import annotations
 
