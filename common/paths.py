@@ -80,6 +80,11 @@ def running(slug: str, profile: str, pid: int) -> Path:
     return results() / "scratch" / "running" / slug / f"{profile}-{pid}"
 
 
+def trial(slug: str, profile: str) -> Path:
+    """The latest driven run whose parameters were changed on the command line: kept, but never official."""
+    return results() / "scratch" / "trials" / slug / profile
+
+
 def failed(slug: str, profile: str) -> Path:
     """What the latest failed run left behind."""
     return results() / "scratch" / "failed" / slug / profile
