@@ -17,6 +17,8 @@ _scratch: list[Path] = []
 def pytest_configure() -> None:
     # before torch is imported by any test module: OpenMP reads its variable once
     os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+    # waiting threads sleep instead of spinning: a busy host otherwise makes small parallel loops 10-50 times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     mirror = ROOT.parent / "shared" / "data"
     if mirror.is_dir():
         os.environ.setdefault("RESPARSE_DATA_MIRROR", str(mirror))

@@ -118,6 +118,6 @@ def _check_steps(folder: Path, slices: list[Slice]) -> None:
             raise ValueError(f"{folder}: {pair} share one position; expected one slice a position. Remove the copy.")
         if abs(step - usual) > SPACING_TOLERANCE * usual:
             raise ValueError(
-                f"{folder}: {step:g} mm between {pair}, elsewhere {usual:g} mm: a slice is missing or the spacing uneven. "
-                "Add the missing files, or load an evenly spaced part."
+                f"{folder}: {step:g} mm between {pair}, elsewhere {usual:g} mm: a slice is missing or the "
+                "spacing uneven. Add the missing files, or load an evenly spaced part."
             )

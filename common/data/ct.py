@@ -91,7 +91,8 @@ class RawProjections:
         if len(dead):
             raise ValueError(
                 f"{self.source}: {len(dead)} detector cells have no beam (mean white <= mean dark), the first at "
-                f"[row, cell] = {dead[0].tolist()}; expected white > dark everywhere. Leave these cells out or mend them."
+                f"[row, cell] = {dead[0].tolist()}; expected white > dark everywhere. Leave these cells "
+                "out or mend them."
             )
         transmission = (self.counts.double() - dark) / beam
         return -torch.log(transmission.clamp_min(min_transmission)).float()
@@ -165,8 +166,8 @@ def metaimage(path: str | Path, *, hu_offset: float) -> CTVolume:
     expected = int(np.prod(size)) * np.dtype(dtype).itemsize
     if len(raw) - start != expected:
         raise ValueError(
-            f"{path}: {len(raw) - start} bytes of image data, expected {expected} for {size[0]} x {size[1]} x {size[2]} "
-            f"{dtype}: the file is truncated or its header wrong. Get it again."
+            f"{path}: {len(raw) - start} bytes of image data, expected {expected} for {size[0]} x {size[1]} x "
+            f"{size[2]} {dtype}: the file is truncated or its header wrong. Get it again."
         )
     values = np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder(order), offset=start).reshape(size[::-1])
     offset = [float(o) for o in header.get("Offset", "0 0 0").split()]
