@@ -171,7 +171,8 @@ def judge(
 
     Args:
         metrics: the `metrics` part of `results/metrics/<slug>/<profile>.json`; None if there is no such file.
-        provenance: the matching provenance; of it `status`, `device`, `data`, `run` and `restored` are read.
+        provenance: the matching provenance; of it `status` (of a run that left no
+            metrics), `device`, `data` and `run` are read.
         due: whether a missing measurement is a fault (the profile is the one being run) or merely not done yet.
     """
     _require_profile(profile)
@@ -191,8 +192,6 @@ def judge(
     except MetricError as error:
         return verdict(ERROR, str(error))
     outcome, reason, interval = _compare(claim, measured)
-    if origin.get("restored"):
-        reason += "; restored from the cache, the run named is the one that measured it"
     low, high = (interval.low, interval.high) if math.isfinite(interval.low) else (None, None)
     return verdict(outcome, reason, measured=interval.mean, low=low, high=high, seeds=len(measured.seeds))
 
@@ -252,9 +251,9 @@ def _unmet_by_run(claim: Claim, origin: Mapping[str, Any]) -> str:
 def _missing(claim: Claim, origin: Mapping[str, Any], profile: str, due: bool) -> tuple[str, str]:
     status = str(origin.get("status", ""))
     if status:
-        return ERROR, f"the run is {status.lower()} and left no metrics; run it again: {_command(claim, profile)}"
+        return ERROR, f"no measurement, {status}; run it again: {_command(claim, profile)}"
     if due:
-        return ERROR, f"no measurement: the run is missing or failed; {_command(claim, profile)}"
+        return ERROR, f"no measurement; run it: {_command(claim, profile)}"
     return NOT_TESTED, f"not run at this profile yet: {_command(claim, profile)}"
 
 
@@ -304,11 +303,14 @@ def _size(claim: Claim, interval: stats.Interval) -> str:
     printed = claim.printed
     if claim.band.two_sided or printed is None:
         return ""
+    about = claim.claimed
+    if claim.tolerance is not None:
+        about += f" ± {claim.tolerance.amount:g}" + (" of it" if claim.tolerance.relative else "")
     if printed.contains(interval.low, interval.high):
-        return f"; the size agrees with the printed {claim.claimed}"
+        return f"; the size agrees with the printed {about}"
     if printed.excludes(interval.low, interval.high):
-        return f"; the size differs from the printed {claim.claimed}"
-    return f"; the size may or may not be the printed {claim.claimed}"
+        return f"; the size differs from the printed {about}"
+    return f"; the size may or may not be the printed {about}"
 
 
 def _require_profile(profile: str) -> None:
