@@ -8,6 +8,7 @@ bone lie inside the sigmoid's (0, 1). Lengths are mm, so what is projected is mu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ MM_PER_CM = 10.0
 # Slice indices of the head phantom held out for testing, from its middle, and how many on either side go unused: slices
 # are 1 mm apart and neighbours look alike.
 HEAD_TEST, HEAD_GAP = range(56, 84), 4
+PHANTOM_SEEDS = {"train": 0, "test": 1}  # slices of different seeds share nothing
 DEEPLESION_OFFSET, DEEPLESION_HU = 32768, (-1024.0, 3072.0)  # 16-bit PNG to HU, and the authors' clip [code]
 DEEPLESION_LISTS = {"train": "deeplesion_train_list.txt", "test": "deeplesion_test_list.txt"}
 AAPM_SPLIT = {"train": 5410, "test": 526}  # the first and the last of the sorted files [code]
@@ -71,34 +73,34 @@ class Simulator:
         """mu [B, 1, H, W] in 1/cm -> line integrals [B, 1, full_views, K], no unit."""
         return project(mu / MM_PER_CM, gloredi_geometry(self.size, self.full_views))
 
-    def reconstruct(self, sinogram: Tensor, views: int) -> Tensor:
-        """FBP from every (full_views / views)-th view: [B, 1, full_views, K] -> [B, 1, H, W] in 1/cm."""
+    def subset(self, sinogram: Tensor, views: int) -> Tensor:
+        """Every (full_views / views)-th view: [B, 1, full_views, K] -> [B, 1, views, K]."""
         if self.full_views % views:
             raise ValueError(
                 f"Simulator: got views={views} with full_views={self.full_views}; expected a divisor, so that "
                 f"views are evenly spaced. Choose views such as {_divisors(self.full_views)}."
             )
-        kept = sinogram[..., :: self.full_views // views, :].contiguous()
-        return MM_PER_CM * fbp_gloredi(kept, gloredi_geometry(self.size, views))
+        return sinogram[..., :: self.full_views // views, :].contiguous()
+
+    def fbp(self, sinogram: Tensor) -> Tensor:
+        """The authors' FBP of evenly spaced views: [B, 1, V, K] -> [B, 1, H, W] in 1/cm."""
+        return MM_PER_CM * fbp_gloredi(sinogram, gloredi_geometry(self.size, sinogram.shape[-2]))
 
     def add_noise(self, sinogram: Tensor, generator: torch.Generator) -> Tensor:
         """Poisson noise of `noise_photons` photons a ray, s' = -m log(Poisson(I0 exp(-s/m)) / I0) with m = max(s)."""
         if not self.noise_photons:
             return sinogram
         peak = sinogram.amax(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
-        counts = torch.poisson(self.noise_photons * torch.exp(-sinogram / peak), generator=generator).clamp_min(1)
-        return -peak * torch.log(counts / self.noise_photons)
+        expected = self.noise_photons * torch.exp(-sinogram / peak)
+        counts = torch.poisson(expected.cpu(), generator=generator).clamp_min(1)  # the same noise on every device
+        return -peak * torch.log(counts.to(sinogram) / self.noise_photons)
 
     def triple(self, mu: Tensor, views: int, factor: int, generator: torch.Generator) -> Triple:
         """mu [B, 1, H, W] in 1/cm -> its triple at V = `views`; the teacher's image has min(factor x V, all) views."""
         clean = self.sinogram(mu)
         measured = self.add_noise(clean, generator)
         more = min(factor * views, self.full_views)
-        return Triple(
-            self.reconstruct(measured, views),
-            self.reconstruct(measured, more),
-            self.reconstruct(clean, self.full_views),
-        )
+        return Triple(self.fbp(self.subset(measured, views)), self.fbp(self.subset(measured, more)), self.fbp(clean))
 
 
 def slices(params: Params, split: Split) -> Sequence[Tensor]:
@@ -159,8 +161,8 @@ def aapm_paths(folder: Path, split: Split) -> list[Path]:
     paths = sorted(folder.glob("*.npy"))
     if len(paths) < sum(AAPM_SPLIT.values()):
         raise FileNotFoundError(
-            f"gloredi: {folder} holds {len(paths)} .npy files; expected at least {sum(AAPM_SPLIT.values())}, one HU "
-            "slice [H, W] each, named so that sorting keeps patients together. Export them from the AAPM Low Dose CT set."
+            f"gloredi: {folder} holds {len(paths)} .npy files; expected at least {sum(AAPM_SPLIT.values())}, one "
+            "HU slice [H, W] each, named so that sorting keeps patients together. Export them from the AAPM Low Dose CT set."
         )
     return paths[: AAPM_SPLIT["train"]] if split == "train" else paths[-AAPM_SPLIT["test"] :]
 
@@ -184,9 +186,9 @@ def augment(images: Tensor, copies: int, generator: torch.Generator) -> Tensor:
 class TripleSet:
     """Triples of a split at one V, by index. Kept in memory for small sets, simulated on demand for folders."""
 
-    def __init__(self, params: Params, split: Split, views: int, factor: int, *, seed: int = 0):
+    def __init__(self, params: Params, split: Split, views: int, *, seed: int = 0):
         self.simulator = Simulator(params.size, params.full_views, params.noise_photons)
-        self.views, self.factor, self.device = views, factor, params.device
+        self.views, self.factor, self.device = views, params.teacher_factor, params.device
         self.generator = torch.Generator().manual_seed(seed)
         self.slices = slices(params, split)
         self.kept: Triple | None = None
@@ -199,6 +201,17 @@ class TripleSet:
 
     def __len__(self) -> int:
         return len(self.slices)
+
+    def digest(self) -> str:
+        """sha256 of the slices, or for folders of the names and sizes of their files."""
+        found = hashlib.sha256()
+        if isinstance(self.slices, FolderSlices):
+            for path in self.slices.paths:
+                found.update(f"{path.name} {path.stat().st_size}\n".encode())
+        else:
+            for image in self.slices:
+                found.update(image.numpy().tobytes())
+        return found.hexdigest()
 
     def source(self, indices: Sequence[int]) -> Tensor:
         """The slices themselves, [B, 1, H, W] in 1/cm."""
@@ -232,8 +245,12 @@ def batches(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]
 def _phantoms(size: int, count: int, split: Split) -> list[Tensor]:
     from common.data import phantoms
 
-    first = 0 if split == "train" else 1_000_000  # seeds of the two splits never meet
-    return [hu_to_mu(phantoms.generate(size, seed=first + i)) for i in range(count)]
+    if not count:
+        raise ValueError(
+            f"gloredi: got {split}_images=0 with dataset='phantoms', expected how many to generate; there is no 'all' "
+            f"of generated images. Set {split}_images."
+        )
+    return list(hu_to_mu(phantoms.generate("head", count, size, seed=PHANTOM_SEEDS[split])))
 
 
 def _head(size: int, split: Split) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common import seeds
 from common.models.unet import UNet
@@ -82,11 +82,11 @@ def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for part in parts for p in part.parameters())
 
 
-def fit(params: Params, arm: Arm, training: TripleSet, seed: int, *, title: str = "") -> dict:
+def fit(params: Params, arm: Arm, training: TripleSet, seed: int, *, progress: Callable = tqdm, title: str) -> dict:
     """Train one arm with one seed.
 
     Returns `state` (state dict on the CPU), `curves` {loss: [(step, value), ...]} and `seconds`. Arms of the same seed
-    see the same batches in the same order.
+    see the same batches in the same order. `progress(iterable, title, total=...)` draws the bar.
     """
     seeds.everything(seed, deterministic=False)
     network = build(params, arm).to(params.device).train()
@@ -94,14 +94,13 @@ def fit(params: Params, arm: Arm, training: TripleSet, seed: int, *, title: str 
     step = _stepper(params, arm, network)
     history: dict[str, list[tuple[int, float]]] = {}
     started = time.perf_counter()
-    order = batches(len(training), params.batch, steps, seed)
-    bar = tqdm(order, total=steps, desc=title or arm.label, mininterval=1.0, leave=False)
+    bar = progress(batches(len(training), params.batch, steps, seed), title, total=steps)
     for index, chosen in enumerate(bar):
         losses = step(training.batch(chosen), index / steps)
         if losses is None:
             break  # the released schedule ends where its last stage would begin
         if index % max(1, steps // 100) == 0 or index == steps - 1:
-            bar.set_postfix({name: f"{value:.2g}" for name, value in losses.items()}, refresh=False)
+            bar.set_postfix(**losses)
             for name, value in losses.items():
                 history.setdefault(name, []).append((index, value))
     state = {name: value.cpu() for name, value in network.state_dict().items()}

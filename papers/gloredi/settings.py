@@ -45,7 +45,9 @@ class Params:
     Baselines
         sirt_iterations, tv_iterations   upper bounds; both stop on their own criterion first
         tv_weights       candidates of TV's weight; the best on training images is used
-        solver_images    test images that SIRT and TV reconstruct; 0: all
+
+    Out of domain
+        tooth            whether to reconstruct the real tooth sinogram (data set ct_sinogram_tooth)
     """
 
     seeds: list[int]
@@ -82,4 +84,4 @@ class Params:
     sirt_iterations: int
     tv_iterations: int
     tv_weights: list[float]
-    solver_images: int
+    tooth: bool
