@@ -3,10 +3,13 @@
     title: Learning to Distill Global Representation for Sparse-View CT
     authors: Li et al.
     venue: ICCV 2023
+    year: 2023
     arxiv: "2308.08463"
     summary: One or two sentences for a reader who does not know the paper.
     code: {url: https://..., commit: 0123abc, licence: none, read: true}        # or a list of them
+    status: What of it is measured here, and what is not.
     hardware: 4x RTX 3090
+    data: Which data the authors used, and how to come by them.
     deviations:                                # each a text, or a mapping of short parts
       - {what: image size, paper: 256, here: 128, why: two cores}
     stub: true                                 # only what `resparse new` wrote; remove it with the first claim
@@ -21,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_TEXTS = ("title", "authors", "venue", "arxiv", "summary", "hardware")
+_TEXTS = ("title", "authors", "venue", "year", "arxiv", "summary", "status", "hardware", "data")
 
 
 class PaperError(ValueError):
@@ -36,9 +39,12 @@ class Paper:
     title: str
     authors: str = ""
     venue: str = ""
+    year: str = ""
     arxiv: str = ""
     summary: str = ""
+    status: str = ""
     hardware: str = ""
+    data: str = ""
     code: tuple[Mapping[str, Any], ...] = ()
     deviations: tuple[str | Mapping[str, Any], ...] = ()
     stub: bool = False
