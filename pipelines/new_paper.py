@@ -11,6 +11,7 @@ import keyword
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from string import Template
 
@@ -79,7 +80,7 @@ def _sabotage_test(slug: str) -> Path:
 def _render(slug: str, title: str, arxiv: str) -> dict[str, str]:
     words = {
         "slug": slug,
-        "title": title,
+        "heading": textwrap.shorten(title, 110, placeholder=" …"),  # one line of a Python file
         "quoted_title": json.dumps(title, ensure_ascii=False),  # a JSON string is a YAML string too
         "quoted_arxiv": json.dumps(arxiv),
         "year": f"20{arxiv[:2]}" if arxiv else str(datetime.date.today().year),
