@@ -94,7 +94,7 @@ def _tidy(path: Path, title: str) -> None:
 def _end_with_the_driver() -> None:
     import psutil
 
-    sys.stdin.buffer.read()  # returns when the driver's end of the pipe closes
+    os.read(0, 1)  # returns when the driver's end of the pipe closes
     for process in psutil.Process().children(recursive=True):
         process.kill()
     os._exit(1)

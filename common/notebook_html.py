@@ -53,7 +53,7 @@ def _formula(match: re.Match[str]) -> str:
     source, display = match["display"] or match["inline"], match["display"] is not None
     drawn = _draw(" ".join(source.split()))
     if drawn is None:
-        return f"<code>{html.escape(source.strip())}</code>"
+        return f"`{' '.join(source.split())}`" if "`" not in source else match[0]
     svg, height, depth = drawn
     size = f"height:{height:.3f}em;vertical-align:{-depth:.3f}em"
     image = (

@@ -91,7 +91,7 @@ def sources(slug: str) -> list[Path]:
     """
     common, kernels = paths.root() / "common", paths.root() / "kernels"
     found = [*paths.paper(slug).glob("*.py"), common / "seeds.py"]
-    for folder in (*(path for path in common.iterdir() if path.is_dir()), kernels):
+    for folder in (*(path for path in common.glob("*") if path.is_dir()), kernels):
         found += [path for path in folder.rglob("*") if path.suffix in _SOURCE_SUFFIXES and path.name != "bench.py"]
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
@@ -124,13 +124,9 @@ def kernel_info() -> dict[str, Any]:
         return {"stamp": "", "unavailable": str(error).splitlines()[0] if str(error) else type(error).__name__}
 
 
-@lru_cache(maxsize=1)
 def environment() -> dict[str, Any]:
     """Python, torch, the lock's hash, and a hash of the packages that are really installed."""
-    packages = sorted(
-        {f"{dist.metadata['Name'].lower()}=={dist.version}" for dist in importlib.metadata.distributions()}
-    )
-    lock = paths.lock()
+    packages, lock = _packages(), paths.lock()
     return {
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
@@ -155,6 +151,11 @@ def machine() -> dict[str, Any]:
         "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpus,
     }
+
+
+@lru_cache(maxsize=1)
+def _packages() -> list[str]:
+    return sorted({f"{dist.metadata['Name'].lower()}=={dist.version}" for dist in importlib.metadata.distributions()})
 
 
 def _code_lines(notebook: Path) -> list[str]:

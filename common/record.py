@@ -299,9 +299,9 @@ class Progress(Iterable[T]):
 
     def __iter__(self) -> Iterator[T]:
         try:
-            for item in self._bar:
+            for done, item in enumerate(self._bar, start=1):
                 yield item
-                self._pulse()
+                self._pulse(done)
         finally:
             self._bar.close()
 
@@ -309,11 +309,11 @@ class Progress(Iterable[T]):
         """Show numbers behind the bar: `bar.set_postfix(loss=0.12)`."""
         self._bar.set_postfix({name: _short(value) for name, value in values.items()}, refresh=False)
 
-    def _pulse(self) -> None:
+    def _pulse(self, done: int) -> None:
         if time.time() - self._record._beat >= 1.0:
             bar = self._bar
             of = f"/{bar.total}" if bar.total else ""
-            self._record.say(f"{bar.desc}: {bar.n}{of} {bar.postfix or ''}".rstrip())
+            self._record.say(f"{bar.desc}: {done}{of} {bar.postfix or ''}".rstrip())
 
 
 def _number(name: str, value: Any) -> float:

@@ -166,7 +166,7 @@ class Run:
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._client = None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = _shown((str(error).strip() or type(error).__name__).splitlines()[0])
         print(
             f"resparse: MLflow did not get {what} (at {_shown(_uri_or_empty())}: {reason[:200]}); the run goes on and "
             f"its results are written. To log them later: python -m pipelines.run {self.slug} --profile {self.profile} "
@@ -365,6 +365,6 @@ def _uri_or_empty() -> str:
         return os.environ.get("MLFLOW_TRACKING_URI", "")
 
 
-def _shown(address: str) -> str:
-    """An address without its password."""
-    return re.sub(r"//[^@/]*@", "//", address)
+def _shown(text: str) -> str:
+    """A text without the user names and passwords of the addresses in it."""
+    return re.sub(r"//[^@/\s]*@", "//", text)

@@ -162,7 +162,7 @@ def _failed(slug: str, profile: str, folder: Path, tracked: tracking.Run, reason
 
 def _drop_workings(folder: Path) -> None:
     """Files that only serve a run in progress."""
-    for name in (execute.OUTCOME, execute.CELL, record.HEARTBEAT):
+    for name in (execute.OUTCOME, execute.CELL, record.HEARTBEAT, "log.txt"):
         (folder / name).unlink(missing_ok=True)
 
 
