@@ -124,7 +124,8 @@ def npz_volume(path: str | Path) -> CTVolume:
     """
     path = _existing(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # our own handle: numpy leaves its one open where the archive is broken
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         raise ValueError(
