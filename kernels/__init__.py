@@ -1,1 +1,7 @@
-"""Compiled operations for the papers on sparsity; each folder is one op with a plain torch twin."""
+"""Compiled operations with readable twins: one folder an op, `info()` to see what runs."""
+
+from __future__ import annotations
+
+from kernels._load import KernelUnavailable, info
+
+__all__ = ["KernelUnavailable", "info"]
