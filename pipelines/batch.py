@@ -95,7 +95,7 @@ def plan(slug: str, profile: str, *, seeds: str = "", sweeps: Sequence[str] = ()
     wanted = params.parse_assignment(cls, f"seeds={seeds}")[1] if seeds else params.load(cls, slug, profile).seeds
     axes = [params.parse_sweep(cls, text) for text in sweeps]
     _require_crossable(wanted, [axis for axis, _ in axes])
-    sources = [provenance.sources_digest(slug), str(provenance.kernel_info().get("stamp", ""))]
+    sources = [provenance.sources_digest(slug), str(provenance.kernel_info().get("stamp") or "")]
     cells = []
     for choice in itertools.product(*(values for _, values in axes)):
         swept = {axis: value for (axis, _), value in zip(axes, choice, strict=True)}
@@ -165,7 +165,7 @@ def work(job_file: Path) -> int:
     else:
         measured, origin = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "provenance"))
         about = {name: origin[name] for name in ("git", "device", "sources_digest", "params_digest", "data")}
-        about["kernels"] = origin["kernels"].get("stamp", "")
+        about["kernels"] = origin["kernels"].get("stamp") or ""
         row |= {"status": "done", "error": "", "metrics": measured["metrics"], "provenance": about}
     row["seconds"] = round(time.perf_counter() - began, 2)
     files.write_json(Path(job["row"]), row)

@@ -31,6 +31,7 @@ data_app = typer.Typer(help="Data sets: what is known, what is here, where it li
 app.add_typer(data_app, name="data")
 
 Slug = Annotated[str, typer.Argument(help="the paper's folder under papers/, for instance gloredi")]
+DataName = Annotated[str, typer.Argument(metavar="NAME", help="a registered name, see `resparse data list`")]
 Profile = Annotated[str, typer.Option("--profile", "-p", help="smoke, laptop or paper; default: that of params.yaml")]
 
 
@@ -140,7 +141,7 @@ def batch(
 
     batch_report.print_table(planned, Console(), show=show or [])
     failed = sum(not planned.is_done(cell) for cell in planned.cells)
-    print(f"{len(planned.cells) - failed} cells done, {failed} failed: {paths.relative(table)}, {summary.name}")
+    print(f"cells: {len(planned.cells) - failed} done, {failed} failed; {paths.relative(table)}, {summary.name}")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -174,6 +175,55 @@ def bench(
 
     # a process of its own: nothing that this one has imported or started takes part in the timing
     raise typer.Exit(subprocess.call([sys.executable, "-m", "kernels.bench", *([op] if op else [])], cwd=paths.root()))
+
+
+@data_app.command("list")
+def data_list(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="show all about this one")] = "",
+) -> None:
+    """Show the registered data sets: size, licence, whether they are here; of one also source, citation and hashes."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from common import data
+    from pipelines.info import is_here
+
+    if name:
+        print(data.describe(name))
+        print("\n".join(f"  {file.sha256}  {file.path}" for file in data.registry()[name].files))
+        return
+    table = Table(show_edge=False)
+    for title in ("name", "MB", "here"):
+        table.add_column(title, no_wrap=True)
+    for title in ("licence", "what"):
+        table.add_column(title, no_wrap=True, overflow="ellipsis")
+    for known, entry in data.registry().items():
+        here = {True: "yes", False: "no"}.get(is_here(known), "damaged")
+        table.add_row(known, f"{entry.bytes / 1e6:.1f}", here, escape(entry.licence), escape(entry.title))
+    Console().print(table)
+
+
+@data_app.command("fetch")
+def data_fetch(name: DataName) -> None:
+    """Download a data set into the cache, checked by its hashes; goes on where a broken download stopped."""
+    from common import data
+
+    print(data.describe(name))
+    print(data.fetch(name))
+
+
+@data_app.command("path")
+def data_path(name: DataName) -> None:
+    """Print the folder of a data set that is here, for use in scripts."""
+    from common import data
+
+    data.describe(name)  # an unknown name is another mistake than a missing folder
+    folder = data.locate(name)
+    if folder is None:
+        print(f"resparse: {name} is not on this machine; next: resparse data fetch {name}", file=sys.stderr)
+        raise typer.Exit(1)
+    print(folder)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Batches: every cell a row, whatever happens to it; restarts skip what is done; stopping leaves nothing half-written."""
+"""Batches: every cell a row, whatever happens to it; a restart skips what is done, a stop leaves nothing half-made."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_what_is_no_parameter_is_refused_before_anything_runs(sweep: str) -> Non
 
 @pytest.mark.slow
 def test_a_batch_from_the_command_line(tmp_path: Path) -> None:
-    """One good and one killed cell, in real kernels; then the same again with more of them."""
+    """One good and one killed cell, in real kernels: two rows, one of them with its error."""
     root = toy_paper.build(tmp_path / "house")
     command = [CLI, "batch", "toy", "--profile", "smoke", "--jobs", "2"]
     first = toy_paper.run(root, *command, "--seeds", "3", "--set", "fault=none,kill")
@@ -215,14 +215,9 @@ def test_a_batch_from_the_command_line(tmp_path: Path) -> None:
     assert "kernel died" in rows["kill"]["error"] and "kernel died" in first.stdout + first.stderr
     assert not (root / "results" / "metrics").exists(), "a batch publishes nothing"
 
-    kept = next(home.glob("cells/fault=none*")).stat().st_mtime_ns
-    second = toy_paper.run(root, *command, "--seeds", "3,4", "--set", "fault=none")
-    assert second.returncode == 0, second.stderr
-    assert next(home.glob("cells/fault=none-seed3*")).stat().st_mtime_ns == kept
-    line = next(x for x in json.loads((home / "summary.json").read_text())["table"] if x["metric"] == "doubled")
-    assert (line["n"], line["mean"]) == (2, pytest.approx(7 + 2e-4))
-    assert line["std"] == pytest.approx(statistics.stdev([6, 8]))
-    _assert_tracked_with_children(root, batches_=2, children=2)
+    told = list(csv.DictReader(io.StringIO((home / "cells.csv").read_text())))
+    assert {row["fault"] for row in told if row["error"]} == {"kill"}
+    _assert_tracked_with_children(root, batches_=1, children=1)
 
 
 def _assert_tracked_with_children(root: Path, batches_: int, children: int) -> None:
