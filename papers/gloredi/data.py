@@ -9,7 +9,7 @@ bone lie inside the sigmoid's (0, 1). Lengths are mm, so what is projected is mu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import data as datasets
+from common import files, tomography
 from common.data import ct
-from common.tomography import fbp_gloredi, gloredi_geometry
+from common.tomography import MM_PER_CM, add_photon_noise, fbp_gloredi, gloredi_geometry
 from kernels.ct import project
 from papers.gloredi.settings import Params
 
-MU_WATER_PER_CM = 0.192  # [code]; 70 keV or so
-MM_PER_CM = 10.0
+HEAD = "ct_phantom_head_philips"  # as registered
 # Slice indices of the head phantom held out for testing, from its middle, and how many on either side go unused: slices
 # are 1 mm apart and neighbours look alike.
 HEAD_TEST, HEAD_GAP = range(56, 84), 4
@@ -48,12 +48,12 @@ class Triple(NamedTuple):
 
 def hu_to_mu(hu: Tensor) -> Tensor:
     """HU -> attenuation in 1/cm; below -1000 HU there is nothing to attenuate, so it is cut at 0."""
-    return (MU_WATER_PER_CM * (1 + hu / 1000)).clamp_min(0)
+    return (MM_PER_CM * tomography.hu_to_mu(hu)).clamp_min(0)
 
 
 def mu_to_hu(mu: Tensor) -> Tensor:
     """Attenuation in 1/cm -> HU."""
-    return 1000 * (mu / MU_WATER_PER_CM - 1)
+    return tomography.mu_to_hu(mu / MM_PER_CM)
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,12 @@ class Simulator:
         """The authors' FBP of evenly spaced views: [B, 1, V, K] -> [B, 1, H, W] in 1/cm."""
         return MM_PER_CM * fbp_gloredi(sinogram, gloredi_geometry(self.size, sinogram.shape[-2]))
 
-    def add_noise(self, sinogram: Tensor, generator: torch.Generator) -> Tensor:
-        """Poisson noise of `noise_photons` photons a ray, s' = -m log(Poisson(I0 exp(-s/m)) / I0) with m = max(s)."""
-        if not self.noise_photons:
-            return sinogram
-        peak = sinogram.amax(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
-        expected = self.noise_photons * torch.exp(-sinogram / peak)
-        counts = torch.poisson(expected.cpu(), generator=generator).clamp_min(1)  # the same noise on every device
-        return -peak * torch.log(counts.to(sinogram) / self.noise_photons)
-
-    def triple(self, mu: Tensor, views: int, factor: int, generator: torch.Generator) -> Triple:
-        """mu [B, 1, H, W] in 1/cm -> its triple at V = `views`; the teacher's image has min(factor x V, all) views."""
+    def images(self, mu: Tensor, views: Iterable[int], generator: torch.Generator) -> dict[int, Tensor]:
+        """FBP images [B, 1, H, W] in 1/cm of mu [B, 1, H, W] by their number of views; all views are always there."""
         clean = self.sinogram(mu)
-        measured = self.add_noise(clean, generator)
-        more = min(factor * views, self.full_views)
-        return Triple(self.fbp(self.subset(measured, views)), self.fbp(self.subset(measured, more)), self.fbp(clean))
+        measured = add_photon_noise(clean, self.noise_photons, generator) if self.noise_photons else clean
+        found = {v: self.fbp(self.subset(measured, v)) for v in sorted(set(views) - {self.full_views})}
+        return found | {self.full_views: self.fbp(clean)}
 
 
 def slices(params: Params, split: Split) -> Sequence[Tensor]:
@@ -162,7 +153,8 @@ def aapm_paths(folder: Path, split: Split) -> list[Path]:
     if len(paths) < sum(AAPM_SPLIT.values()):
         raise FileNotFoundError(
             f"gloredi: {folder} holds {len(paths)} .npy files; expected at least {sum(AAPM_SPLIT.values())}, one "
-            "HU slice [H, W] each, named so that sorting keeps patients together. Export them from the AAPM Low Dose CT set."
+            "HU slice [H, W] each, named so that sorting keeps patients together. Export them from the AAPM Low Dose "
+            "CT set."
         )
     return paths[: AAPM_SPLIT["train"]] if split == "train" else paths[-AAPM_SPLIT["test"] :]
 
@@ -184,51 +176,61 @@ def augment(images: Tensor, copies: int, generator: torch.Generator) -> Tensor:
 
 
 class TripleSet:
-    """Triples of a split at one V, by index. Kept in memory for small sets, simulated on demand for folders."""
+    """Triples of a split, by index and V. Small sets are simulated once and kept, folders batch by batch."""
 
-    def __init__(self, params: Params, split: Split, views: int, *, seed: int = 0):
+    def __init__(self, params: Params, split: Split, *, seed: int = 0):
         self.simulator = Simulator(params.size, params.full_views, params.noise_photons)
-        self.views, self.factor, self.device = views, params.teacher_factor, params.device
+        self.dataset, self.device, self.factor = params.dataset, params.device, params.teacher_factor
         self.generator = torch.Generator().manual_seed(seed)
         self.slices = slices(params, split)
-        self.kept: Triple | None = None
+        self.kept: dict[int, Tensor] | None = None
         if not isinstance(self.slices, FolderSlices):
             images = torch.stack(list(self.slices))
             if split == "train":
                 images = augment(images, params.augment, self.generator)
             self.slices = list(images)
-            self.kept = self._simulate(images)
+            self.kept = self._simulate(images, params.views)
 
     def __len__(self) -> int:
         return len(self.slices)
 
-    def digest(self) -> str:
-        """sha256 of the slices, or for folders of the names and sizes of their files."""
+    def provenance(self) -> tuple[str, str]:
+        """The data set's name and the sha256 of its file, of the generated slices, or of a folder's file names."""
         found = hashlib.sha256()
-        if isinstance(self.slices, FolderSlices):
-            for path in self.slices.paths:
-                found.update(f"{path.name} {path.stat().st_size}\n".encode())
-        else:
-            for image in self.slices:
-                found.update(image.numpy().tobytes())
-        return found.hexdigest()
+        if self.dataset == "head_philips":
+            return HEAD, files.sha256(_head_file())
+        for item in self.slices.paths if isinstance(self.slices, FolderSlices) else self.slices:
+            named = isinstance(item, Path)
+            found.update(f"{item.name} {item.stat().st_size}\n".encode() if named else item.numpy().tobytes())
+        return self.dataset, found.hexdigest()
 
     def source(self, indices: Sequence[int]) -> Tensor:
         """The slices themselves, [B, 1, H, W] in 1/cm."""
         return torch.stack([self.slices[i] for i in indices])[:, None]
 
-    def batch(self, indices: Sequence[int]) -> Triple:
-        """The triples of some slices, on the run's device."""
-        if self.kept is not None:
-            return Triple(*(x[list(indices)].to(self.device) for x in self.kept))
-        return self.simulator.triple(self.source(indices).to(self.device), self.views, self.factor, self.generator)
+    def sinogram(self, indices: Sequence[int], views: int) -> Tensor:
+        """What a scan of `views` views measures of some slices, [B, 1, V, K], without noise; on the run's device."""
+        return self.simulator.subset(self.simulator.sinogram(self.source(indices).to(self.device)), views)
 
-    def _simulate(self, images: Tensor, chunk: int = 16) -> Triple:
+    def batch(self, indices: Sequence[int], views: int) -> Triple:
+        """The triples of some slices at V = `views`, on the run's device."""
+        several = self._several([views])
+        if self.kept is not None:
+            found = {v: image[list(indices)].to(self.device) for v, image in self.kept.items() if v in several}
+        else:
+            found = self.simulator.images(self.source(indices).to(self.device), several, self.generator)
+        return Triple(found[views], found[several[-2]], found[several[-1]])
+
+    def _several(self, views: Iterable[int]) -> list[int]:
+        """The numbers of views to reconstruct from: V, the teacher's factor x V, all."""
+        full = self.simulator.full_views
+        return [*sorted({n for v in views for n in (v, min(self.factor * v, full))}), full]
+
+    def _simulate(self, images: Tensor, views: Iterable[int], chunk: int = 16) -> dict[int, Tensor]:
         parts = [
-            self.simulator.triple(part[:, None], self.views, self.factor, self.generator)
-            for part in images.split(chunk)
+            self.simulator.images(part[:, None], self._several(views), self.generator) for part in images.split(chunk)
         ]
-        return Triple(*(torch.cat(x) for x in zip(*parts, strict=True)))
+        return {v: torch.cat([part[v] for part in parts]) for v in parts[0]}
 
 
 def batches(count: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
@@ -254,13 +256,17 @@ def _phantoms(size: int, count: int, split: Split) -> list[Tensor]:
 
 
 def _head(size: int, split: Split) -> list[Tensor]:
-    volume = ct.npz_volume(datasets.path("ct_phantom_head_philips") / "bone_1mm_256.npz")
+    volume = ct.npz_volume(_head_file())
     low, high = HEAD_TEST.start - HEAD_GAP, HEAD_TEST.stop + HEAD_GAP
     if split == "test":
         chosen = list(HEAD_TEST)
     else:
         chosen = [z for z in range(len(volume.hu)) if not low <= z < high]
     return [hu_to_mu(_resize(volume.hu[z], size)) for z in chosen]
+
+
+def _head_file() -> Path:
+    return datasets.path(HEAD, only="bone_1mm_256.npz") / "bone_1mm_256.npz"
 
 
 def _resize(hu: Tensor, size: int) -> Tensor:

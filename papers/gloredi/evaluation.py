@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,66 +13,70 @@ from torch import Tensor, nn
 from common import data as datasets
 from common import files
 from common.data import ct
-from common.metrics.image import psnr, rmse, ssim
-from common.tomography import fbp, gloredi_geometry, sirt, tv
+from common.metrics import image as metrics
+from common.record import Record
+from common.tomography import MM_PER_CM, fbp, gloredi_geometry
+from common.tomography.iterative import Reconstruction, sirt, tv
 from kernels.ct import ParallelBeam
-from papers.gloredi.data import MM_PER_CM, TripleSet, mu_to_hu
+from papers.gloredi.data import TripleSet, mu_to_hu
 from papers.gloredi.experiment import reconstruct
 from papers.gloredi.method import Distillation, GloReDi, band_features
 from papers.gloredi.settings import Params
 
-# name: lowest and highest HU; what lies outside is cut, what lies inside becomes 0..1. The first is the authors' own.
-WINDOWS_HU = {"wide": (-1000.0, 2000.0), "soft": (-200.0, 300.0), "lung": (-1000.0, -200.0)}
 TIMING_REPEATS = 5
 BRIGHT = 0.99  # the quantile by which the tooth is scaled to the training images
 
 
-def window(mu: Tensor, name: str = "wide") -> Tensor:
-    """Attenuation in 1/cm -> the HU window as 0..1."""
-    low, high = WINDOWS_HU[name]
-    return ((mu_to_hu(mu) - low) / (high - low)).clamp(0, 1)
-
-
 def scores(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Per-image scores [N] of images [N, 1, H, W] in 1/cm.
+    """Per-image scores [N] of images [N, 1, H, W] in 1/cm, as the authors take them.
 
-    `psnr` (dB), `ssim`, `rmse_hu` in the window -1000..2000 HU; `psnr_soft`, `psnr_lung` in theirs. The range is 1.
+    `psnr` (dB), `ssim` and `rmse_hu` after clipping to -1000..2000 HU; `psnr_soft`, `psnr_lung` in their windows.
     """
-    low, high = WINDOWS_HU["wide"]
-    image, target = window(images), window(targets)
+    image, target = mu_to_hu(images[:, 0]), mu_to_hu(targets[:, 0])  # [N, H, W]
     found = {
-        "psnr": psnr(image, target, data_range=1.0),
-        "ssim": ssim(image, target, data_range=1.0),
-        "rmse_hu": (high - low) * rmse(image, target),
+        name: metrics.psnr(metrics.window(image, *shown), metrics.window(target, *shown), data_range=1.0)
+        for name, shown in (("psnr", metrics.CLIP), ("psnr_soft", metrics.SOFT_TISSUE), ("psnr_lung", metrics.LUNG))
     }
-    for name in ("soft", "lung"):
-        found[f"psnr_{name}"] = psnr(window(images, name), window(targets, name), data_range=1.0)
+    clipped, wanted = metrics.window(image, *metrics.CLIP), metrics.window(target, *metrics.CLIP)
+    found["ssim"] = metrics.ssim(clipped, wanted, data_range=1.0, border="zero")
+    found["rmse_hu"] = metrics.rmse_hu(image, target)
     return found
 
 
-def iterative(params: Params, test: TripleSet, tv_weight: float) -> dict[str, Tensor]:
-    """SIRT and TV images [N, 1, H, W] in 1/cm of every test slice, from the sinogram that its FBP image came from."""
-    sinogram, geometry = _measured(test, list(range(len(test)))), gloredi_geometry(params.size, test.views)
+def report(
+    record: Record, images: Tensor, targets: Tensor, sources: Tensor, *, variant: str, seed: int | None = None
+) -> float:
+    """Record the mean of every score against the target, and `psnr_source` against the true slices; return the PSNR."""
+    found = scores(images, targets)
+    for name, values in found.items():
+        record.metric(name, values.mean(), variant=variant, seed=seed)
+    record.metric("psnr_source", scores(images, sources)["psnr"].mean(), variant=variant, seed=seed)
+    return found["psnr"].mean().item()
+
+
+def iterative(params: Params, test: TripleSet, views: int, tv_weight: float) -> dict[str, Reconstruction]:
+    """SIRT and TV of every test slice from its sinogram; `image` [N, 1, H, W] is in 1/mm."""
+    sinogram, geometry = test.sinogram(list(range(len(test))), views), gloredi_geometry(params.size, views)
     return {
-        "sirt": MM_PER_CM * sirt(sinogram, geometry, iterations=params.sirt_iterations),
-        "tv": MM_PER_CM * tv(sinogram, geometry, weight=tv_weight, iterations=params.tv_iterations),
+        "sirt": sirt(sinogram, geometry, iterations=params.sirt_iterations),
+        "tv": tv(sinogram, geometry, weight=tv_weight, iterations=params.tv_iterations),
     }
 
 
-def choose_tv_weight(params: Params, training: TripleSet, slices: int = 2) -> float:
+def choose_tv_weight(params: Params, training: TripleSet, views: int, slices: int = 2) -> float:
     """The weight of `params.tv_weights` with the best mean PSNR on a few training slices."""
     chosen = [i * len(training) // slices for i in range(slices)]
-    sinogram, target = _measured(training, chosen), training.batch(chosen).target
-    geometry = gloredi_geometry(params.size, training.views)
+    sinogram, target = training.sinogram(chosen, views), training.batch(chosen, views).target
+    geometry = gloredi_geometry(params.size, views)
 
     def quality(weight: float) -> float:
-        image = MM_PER_CM * tv(sinogram, geometry, weight=weight, iterations=params.tv_iterations)
+        image = MM_PER_CM * tv(sinogram, geometry, weight=weight, iterations=params.tv_iterations).image
         return scores(image, target)["psnr"].mean().item()
 
     return max(params.tv_weights, key=quality)
 
 
-def gradient_shares(params: Params, model: GloReDi, training: TripleSet) -> dict[str, float]:
+def gradient_shares(params: Params, model: GloReDi, training: TripleSet, views: int) -> dict[str, float]:
     """The norm of each weighted term's gradient in the student's encoder, divided by their sum, on one batch.
 
     The memory bank is filled with the student's features of other training images.
@@ -91,8 +94,8 @@ def gradient_shares(params: Params, model: GloReDi, training: TripleSet) -> dict
         while not terms.bank.full:
             start = params.batch + len(terms.bank.entries)
             others = [(start + i) % len(training) for i in range(params.batch)]
-            terms.bank.push(band_features(model.student_encoder(training.batch(others).sparse), terms.band))
-    triple = training.batch(list(range(params.batch)))
+            terms.bank.push(band_features(model.student_encoder(training.batch(others, views).sparse), terms.band))
+    triple = training.batch(list(range(params.batch)), views)
     student_z = model.student_encoder(triple.sparse)
     rdd, bpc = terms.representation_losses(student_z, model.teacher_encoder(triple.intermediate))
     losses = {
@@ -109,18 +112,18 @@ def gradient_shares(params: Params, model: GloReDi, training: TripleSet) -> dict
 
 
 def seconds_per_slice(
-    params: Params, test: TripleSet, networks: Mapping[str, nn.Module], tv_weight: float
+    params: Params, test: TripleSet, views: int, networks: Mapping[str, nn.Module], tv_weight: float
 ) -> dict[str, list[float]]:
     """Seconds from the sinogram to one image, `TIMING_REPEATS` medians of three, in this process, by method."""
-    geometry, sinogram = gloredi_geometry(params.size, test.views), _measured(test, [0])
+    geometry, sinogram = gloredi_geometry(params.size, views), test.sinogram([0], views)
 
     def apply(network: nn.Module) -> Callable[[], Tensor]:
         return lambda: reconstruct(network, test.simulator.fbp(sinogram))
 
     jobs: dict[str, Callable[[], Tensor]] = {name: apply(network) for name, network in networks.items()}
     jobs["fbp"] = lambda: test.simulator.fbp(sinogram)
-    jobs["sirt"] = lambda: sirt(sinogram, geometry, iterations=params.sirt_iterations)
-    jobs["tv"] = lambda: tv(sinogram, geometry, weight=tv_weight, iterations=params.tv_iterations)
+    jobs["sirt"] = lambda: sirt(sinogram, geometry, iterations=params.sirt_iterations).image
+    jobs["tv"] = lambda: tv(sinogram, geometry, weight=tv_weight, iterations=params.tv_iterations).image
     found = {}
     for name, job in jobs.items():
         job()  # warm
@@ -136,8 +139,8 @@ class Tooth:
     """
 
     def __init__(self, params: Params, training: TripleSet):
-        self.path = datasets.path("ct_sinogram_tooth") / "tooth.h5"
-        scan = ct.tooth(self.path)
+        path = datasets.path("ct_sinogram_tooth") / "tooth.h5"
+        scan, self.sha256 = ct.tooth(path), files.sha256(path)
         integrals, self.angles_rad = scan.line_integrals()[:, 0], scan.theta_rad  # [V, K]
         self.views, cells = integrals.shape
         self.group = max(1, cells // params.size)
@@ -146,7 +149,7 @@ class Tooth:
         self.size = params.size
         self.axis_cells = scan.centre_cell - (kept - 1) / 2
         few = list(range(0, len(training), max(1, len(training) // 16)))
-        wanted = training.batch(few).target.cpu().flatten().quantile(BRIGHT)
+        wanted = training.batch(few, params.views[0]).target.cpu().flatten().quantile(BRIGHT)
         self.scale = 1.0
         self.scale = float(wanted / self.fbp(self.views).flatten().quantile(BRIGHT))
 
@@ -162,17 +165,6 @@ class Tooth:
             axis=self.axis_cells,
         )
         return self.scale * fbp(self.sinogram[..., kept, :].contiguous(), geometry)
-
-    def digest(self) -> str:
-        """sha256 of the file."""
-        return files.sha256(Path(self.path))
-
-
-def _measured(triples: TripleSet, indices: list[int]) -> Tensor:
-    """The V-view sinogram [N, 1, V, K] of some slices."""
-    full = triples.simulator.sinogram(triples.source(indices).to(triples.device))
-    noisy = triples.simulator.add_noise(full, torch.Generator().manual_seed(0))
-    return triples.simulator.subset(noisy, triples.views)
 
 
 def _seconds(job: Callable[[], Tensor]) -> float:

@@ -37,13 +37,13 @@ def arms(params: Params) -> dict[str, Arm]:
     """Every arm by name; `params.arms` says which are run."""
     factor = params.teacher_factor
     return {
-        "unet": Arm("plain U-Net, residual", network="unet"),
-        "plain": Arm("plain-conv encoder, same size", network="plain"),
-        "fourier": Arm("Fourier encoder"),
-        "rdd": Arm("+ teacher and RDD", teacher=factor),
-        "gloredi": Arm("+ BPC = GloReDi", teacher=factor, contrast=True),
-        "full_teacher": Arm("GloReDi, full-view teacher", teacher=FULL, contrast=True),
-        "released": Arm("GloReDi as released", teacher=factor, contrast=True, released=True),
+        "unet": Arm("U-Net", network="unet"),
+        "plain": Arm("plain conv", network="plain"),
+        "fourier": Arm("Fourier"),
+        "rdd": Arm("Fourier + RDD", teacher=factor),
+        "gloredi": Arm("GloReDi", teacher=factor, contrast=True),
+        "full_teacher": Arm("full-view teacher", teacher=FULL, contrast=True),
+        "released": Arm("as released", teacher=factor, contrast=True, released=True),
     }
 
 
@@ -82,8 +82,10 @@ def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for part in parts for p in part.parameters())
 
 
-def fit(params: Params, arm: Arm, training: TripleSet, seed: int, *, progress: Callable = tqdm, title: str) -> dict:
-    """Train one arm with one seed.
+def fit(
+    params: Params, arm: Arm, training: TripleSet, views: int, seed: int, *, progress: Callable = tqdm, title: str
+) -> dict:
+    """Train one arm with one seed on images of `views` views.
 
     Returns `state` (state dict on the CPU), `curves` {loss: [(step, value), ...]} and `seconds`. Arms of the same seed
     see the same batches in the same order. `progress(iterable, title, total=...)` draws the bar.
@@ -96,7 +98,7 @@ def fit(params: Params, arm: Arm, training: TripleSet, seed: int, *, progress: C
     started = time.perf_counter()
     bar = progress(batches(len(training), params.batch, steps, seed), title, total=steps)
     for index, chosen in enumerate(bar):
-        losses = step(training.batch(chosen), index / steps)
+        losses = step(training.batch(chosen, views), index / steps)
         if losses is None:
             break  # the released schedule ends where its last stage would begin
         if index % max(1, steps // 100) == 0 or index == steps - 1:

@@ -99,18 +99,19 @@ params
 # the FBP image of all views, and all numbers of attenuation are in 1/cm, where tissue and bone lie between 0 and 1.
 
 # %%
-test_sets = {v: data.TripleSet(params, "test", v, seed=1) for v in params.views}
+test = data.TripleSet(params, "test", seed=1)
 main = params.main_views if params.main_views in params.views else params.views[-1]
-everything = list(range(len(test_sets[main])))
-triples = {v: test_sets[v].batch(everything) for v in params.views}
-source = test_sets[main].source(everything)
+everything = list(range(len(test)))
+triples = {v: test.batch(everything, v) for v in params.views}
+source = test.source(everything)
 target = triples[main].target.cpu()
-record.data(params.dataset, sha256=test_sets[main].digest())
+name, sha256 = test.provenance()
+record.data(name, sha256=sha256)
 print(f"{len(everything)} test images of {params.size} x {params.size}, dataset {params.dataset}")
 
 # %%
 shown = len(everything) // 2
-sinogram = test_sets[main].simulator.sinogram(source[shown : shown + 1])[0, 0]
+sinogram = test.simulator.sinogram(source[shown : shown + 1])[0, 0]
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=[1, 1.6])
 left.imshow(data.mu_to_hu(source[shown, 0]), cmap="gray", vmin=-1000, vmax=1000)
 left.set(title="the slice", xticks=[], yticks=[])
@@ -136,15 +137,14 @@ record.figure("streaks", fig, "FBP images of one test slice from few views and f
 # image itself against the true slice, which shows how much the choice of target matters.
 
 # %%
-table = {}
-for v in params.views:
-    table[f"fbp/{v}"] = evaluation.scores(triples[v].sparse.cpu(), target)
-table[f"fbp/{2 * main}"] = table.get(f"fbp/{2 * main}") or evaluation.scores(triples[main].intermediate.cpu(), target)
-table["full_views"] = evaluation.scores(target, source)
-for arm, found in table.items():
-    for name, values in found.items():
-        record.metric(name, values.mean(), variant=arm)
-    print(f"{arm:12s} {found['psnr'].mean():6.2f} dB")
+streaky = {v: triples[v].sparse.cpu() for v in params.views}
+streaky.setdefault(params.teacher_factor * main, triples[main].intermediate.cpu())
+for v, image in sorted(streaky.items()):
+    found = evaluation.report(record, image, target, source, variant=f"fbp/{v}")
+    print(f"{v:4d} views: {found:5.2f} dB")
+whole = evaluation.scores(target, source)["psnr"].mean()
+record.metric("psnr", whole, variant="full_views")
+print(f"{params.full_views:4d} views: {whole:5.2f} dB against the true slice")
 
 # %% [markdown]
 # ## 2. Features that see the whole image
@@ -213,11 +213,13 @@ fig = plots.image_grid(
 record.figure("triple", fig, "What student, teacher and loss see of one slice.")
 
 # %% [markdown]
-# Four losses, for the student's $z_s$ and the teacher's $z_t$ (which is held fixed):
+# The student's loss has three terms; $z_s$ is its representation and $z_t$ the teacher's, which is held fixed:
 #
 # $$\mathcal L = \underbrace{\ell\big(D(z_s), I_{720}\big)}_{\text{pixels}}
-#   + w_d\,\underbrace{\frac1{hw}\sum_p \Big(1-\frac{z_s(p)\cdot z_t(p)}{\|z_s(p)\|\,\|z_t(p)\|}\Big)}_{\text{direction, RDD}}
-#   + w_c\,\underbrace{\frac1{2B}\sum_i -\log\frac{e^{f_i\cdot f_{i^+}/\tau}}{\sum_{j\ne i} e^{f_i\cdot f_j/\tau}}}_{\text{band-pass contrast, BPC}}$$
+#   + w_d\,\underbrace{\frac1{hw}\sum_p
+#     \Big(1-\frac{z_s(p)\cdot z_t(p)}{\|z_s(p)\|\,\|z_t(p)\|}\Big)}_{\text{direction, RDD}}
+#   + w_c\,\underbrace{\frac1{2B}\sum_i
+#     -\log\frac{e^{f_i\cdot f_{i^+}/\tau}}{\sum_{j\ne i} e^{f_i\cdot f_j/\tau}}}_{\text{band-pass contrast, BPC}}$$
 #
 # and $\ell(D_2(E_2(I_{2V})), I_{720})$ for the teacher, where $\ell$ is smooth-L1 and $D_2$ follows $D$.
 # RDD asks for the same *direction* at every position. BPC takes the cosine transform of $z$, keeps a band of middle
@@ -270,8 +272,8 @@ for name, chosen in method.VARIANTS.items():
 
 # %%
 jobs = [(v, arm) for v in params.views for arm in (params.arms if v == main else params.main_arms)]
-training = {v: data.TripleSet(params, "train", v) for v in params.views}
-print(f"{len(training[main])} training images; {len(jobs)} arms x {len(params.seeds)} seeds")
+training = data.TripleSet(params, "train")
+print(f"{len(training)} training images; {len(jobs)} arms x {len(params.seeds)} seeds")
 
 # %%
 trained = {}
@@ -280,7 +282,7 @@ for v, arm in jobs:
         title = f"{arm} {v} views, seed {seed}"
 
         def train(arm=arm, v=v, seed=seed, title=title):
-            return experiment.fit(params, arm_of[arm], training[v], seed, progress=record.progress, title=title)
+            return experiment.fit(params, arm_of[arm], training, v, seed, progress=record.progress, title=title)
 
         trained[arm, v, seed] = record.cell(f"{arm}-{v}-seed{seed}", train)
 
@@ -288,90 +290,77 @@ for v, arm in jobs:
 for (arm, v, seed), result in trained.items():
     for name, points in result["curves"].items():
         record.curve(name, *zip(*points, strict=True), variant=f"{arm}/{v}", seed=seed)
-fig, ax = plt.subplots(figsize=(7, 4))
-losses = {}
-for arm in params.arms:
+fig, ax = plt.subplots(figsize=(7.5, 4))
+for color, line, arm in zip(plots.COLORS, plots.LINES, params.arms, strict=False):
     runs = [trained[arm, main, seed]["curves"]["pixel"] for seed in params.seeds]
-    smooth = [torch.tensor([value for _, value in run]).unfold(0, 5, 1).mean(1).tolist() for run in runs]
-    losses[arm_of[arm].label] = ([step for step, _ in runs[0]][4:], smooth)
-plots.curves(ax, losses)
+    smooth = torch.tensor([[value for _, value in run] for run in runs]).unfold(1, 5, 1).mean(2)  # [seeds, T-4]
+    at = [step for step, _ in runs[0]][4:]
+    ax.plot(at, smooth.T, color=color, alpha=0.25, linewidth=0.8)
+    ax.plot(at, smooth.mean(0), color=color, linestyle=line, label=arm_of[arm].label)
 ax.set(yscale="log", xlabel="step", ylabel="pixel loss of the student", title=f"training at {main} views")
-record.figure(
-    "training", fig, f"Pixel loss in training at {main} views: mean over seeds with 95 % band, running mean of 5."
-)
+ax.legend(ncols=2)
+record.figure("training", fig, f"Pixel loss at {main} views, running mean of five: thick the mean, thin the seeds.")
+
+# %% [markdown]
+# ### Two baselines without any training
+#
+# SIRT, and total variation (TV) iterated until it stands still, with the weight that does best on two *training*
+# slices. Both see the sinogram itself, which an image-domain network never does.
+
+# %%
+tv_weight = record.cell("tv-weight", lambda: evaluation.choose_tv_weight(params, training, main))
+print(f"TV weight {tv_weight:g}")
+made = {("fbp", v): [triples[v].sparse.cpu()] for v in params.views}  # (method, views): images [N, 1, H, W], one a seed
+for v in params.views:
+    classic = record.cell(f"iterative-{v}", lambda v=v: evaluation.iterative(params, test, v, tv_weight))
+    for name, result in classic.items():
+        made[name, v] = [data.MM_PER_CM * result.image.cpu()]
+        evaluation.report(record, made[name, v][0], target, source, variant=f"{name}/{v}")
+        record.metric("iterations", len(result.history), variant=f"{name}/{v}")
+        record.metric("converged", result.converged, variant=f"{name}/{v}")
+        print(f"{name} {v} views: {len(result.history)} iterations, converged: {result.converged}")
 
 # %% [markdown]
 # ### Scores on slices nobody trained on
 
 # %%
-images = {}
 for (arm, v, seed), result in trained.items():
     network = experiment.restore(params, arm_of[arm], result["state"])
-    images[arm, v, seed] = experiment.reconstruct(network, triples[v].sparse).cpu()
-    for name, values in evaluation.scores(images[arm, v, seed], target).items():
-        record.metric(name, values.mean(), variant=f"{arm}/{v}", seed=seed)
-    record.metric(
-        "psnr_source", evaluation.scores(images[arm, v, seed], source)["psnr"].mean(), variant=f"{arm}/{v}", seed=seed
-    )
-
-# %% [markdown]
-# Baselines without any training: SIRT, and total variation (TV) iterated until it stands still, with the weight that
-# does best on two *training* slices. Both see the sinogram itself, which an image-domain network never does.
-
-# %%
-tv_weight = record.cell("tv-weight", lambda: evaluation.choose_tv_weight(params, training[main]))
-print(f"TV weight {tv_weight:g}")
-classic = {}
-for v in params.views:
-    classic[v] = record.cell(f"iterative-{v}", lambda v=v: evaluation.iterative(params, test_sets[v], tv_weight))
-    for arm, result in classic[v].items():
-        for name, values in evaluation.scores(result, target).items():
-            record.metric(name, values.mean(), variant=f"{arm}/{v}")
+    image = experiment.reconstruct(network, triples[v].sparse).cpu()
+    made.setdefault((arm, v), []).append(image)
+    evaluation.report(record, image, target, source, variant=f"{arm}/{v}", seed=seed)
 
 # %%
 names = {"fbp": "FBP", "sirt": "SIRT", "tv": "TV"} | {arm: arm_of[arm].label for arm in params.arms}
-psnr = {}
+psnr: dict[str, dict[int, list[float]]] = {}
 for name in names:
     for v in params.views:
-        if (name, v, params.seeds[0]) in images:
-            found = [evaluation.scores(images[name, v, seed], target)["psnr"].mean() for seed in params.seeds]
-        elif name in ("fbp", "sirt", "tv"):
-            found = [evaluation.scores(classic[v].get(name, triples[v].sparse.cpu()), target)["psnr"].mean()]
-        else:
-            continue
-        psnr.setdefault(name, {})[v] = [float(x) for x in found]
+        if (name, v) in made:
+            found = [evaluation.scores(image, target)["psnr"].mean().item() for image in made[name, v]]
+            psnr.setdefault(name, {})[v] = found
 for name, row in psnr.items():
-    print(f"{names[name]:32s}", *(f"{v:4d} views {sum(x) / len(x):6.2f} dB" for v, x in row.items()))
+    print(f"{names[name]:18s}", *(f"{v:4d} views {sum(x) / len(x):6.2f} dB" for v, x in row.items()))
 
 # %% [markdown]
 # First by eye: the same slice by every method, in one window, and below each image its error against the target.
 
 # %%
-seed = params.seeds[0]
 columns = ["fbp", "tv", *(arm for arm in ("unet", "plain", "fourier", "gloredi") if arm in params.arms)]
-made = {"fbp": triples[main].sparse.cpu(), **classic[main]} | {arm: images[arm, main, seed] for arm in params.arms}
-row = [data.mu_to_hu(made[name][shown, 0]) for name in columns]
+row = [data.mu_to_hu(made[name, main][0][shown, 0]) for name in columns]
 truth = data.mu_to_hu(target[shown, 0])
+quality = [evaluation.scores(made[name, main][0], target)["psnr"][shown] for name in columns]
 fig = plots.image_grid(
     [[*row, truth]],
-    col_labels=[
-        *(
-            f"{names[c]}\n{evaluation.scores(made[c][shown : shown + 1], target[shown : shown + 1])['psnr'][0]:.1f} dB"
-            for c in columns
-        ),
-        "target",
-    ],
+    col_labels=[*(f"{names[name]}\n{q:.1f} dB" for name, q in zip(columns, quality, strict=True)), "target"],
     errors=[[*(x - truth for x in row), None]],
     error_max=300,
     error_label="error, HU",
     **WINDOW,
 )
-record.figure(
-    "reconstructions",
-    fig,
-    f"One test slice from {main} views by each method (seed {seed}), in one HU window, "
-    "with error maps against the image of all views.",
+story = (
+    f"One test slice from {main} views by each method, first seed, in one HU window; below, errors against the target."
 )
+record.figure("reconstructions", fig, story)
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
@@ -394,7 +383,7 @@ record.figure("psnr", fig, f"PSNR on test slices against the number of views, an
 if "gloredi" in params.arms:
     for seed in params.seeds:
         network = experiment.restore(params, arm_of["gloredi"], trained["gloredi", main, seed]["state"])
-        shares = evaluation.gradient_shares(params, network, training[main])
+        shares = evaluation.gradient_shares(params, network, training, main)
         for name, value in shares.items():
             record.metric("gradient_share", value, variant=name, seed=seed)
     print({name: f"{value:.2g}" for name, value in shares.items()})
@@ -408,7 +397,7 @@ timed = {
     for arm in ("unet", "gloredi")
     if arm in params.arms
 }
-for name, repeats in evaluation.seconds_per_slice(params, test_sets[main], timed, tv_weight).items():
+for name, repeats in evaluation.seconds_per_slice(params, test, main, timed, tv_weight).items():
     for repeat, value in enumerate(repeats):
         record.metric("seconds", value, variant=name, seed=repeat)
     print(f"{name:8s} {sorted(repeats)[len(repeats) // 2]:.4f} s")
@@ -423,8 +412,8 @@ for name, repeats in evaluation.seconds_per_slice(params, test_sets[main], timed
 
 # %%
 if params.tooth:
-    tooth_scan = evaluation.Tooth(params, training[main])
-    record.data("ct_sinogram_tooth", sha256=tooth_scan.digest())
+    tooth_scan = evaluation.Tooth(params, training)
+    record.data("ct_sinogram_tooth", sha256=tooth_scan.sha256)
     teeth, reference = {v: tooth_scan.fbp(v) for v in params.views}, tooth_scan.fbp(tooth_scan.views)
     for v in params.views:
         record.metric("tooth_psnr", evaluation.scores(teeth[v], reference)["psnr"].mean(), variant=f"fbp/{v}")
