@@ -1,68 +1,97 @@
-"""Which implementation of an op runs: one table, no silent fallback.
+"""Which implementation of an op runs: one table, and no silent fallback.
 
-An op declares its backends; the device and dtype of the input choose, and the environment variable `KERNELS_BACKEND`
-(reference, cpu or triton) forces one.
+The device and the dtype of the input choose. The environment variable KERNELS_BACKEND (reference, cpu or triton) forces
+one; a forced backend that cannot serve the input raises and says why.
 """
 
+from __future__ import annotations
+
 import difflib
+import functools
 import importlib.util
 import os
 
 import torch
-from torch import Tensor
+
+from kernels._load import KernelUnavailable, native
 
 FORCE = "KERNELS_BACKEND"
-REFERENCE, CPU, TRITON = "reference", "cpu", "triton"
-BACKENDS = (REFERENCE, CPU, TRITON)
+REFERENCE, CPU, TRITON = BACKENDS = ("reference", "cpu", "triton")
 
-# device and dtype of the input -> backend; float64 is for checking gradients, which the specification does best
-TABLE = {
-    ("cpu", torch.float32): CPU,
-    ("cuda", torch.float32): TRITON,
-    ("cpu", torch.float64): REFERENCE,
-    ("cuda", torch.float64): REFERENCE,
+# op -> the backend that runs for (device type, dtype) when none is forced. `cpu` is the compiled C++ module, `triton`
+# the GPU kernels; float64 is for checking gradients, and the readable reference does that best.
+TABLE: dict[str, dict[tuple[str, torch.dtype], str]] = {
+    "ct": {
+        ("cpu", torch.float32): CPU,
+        ("cuda", torch.float32): TRITON,
+        ("cpu", torch.float64): REFERENCE,
+        ("cuda", torch.float64): REFERENCE,
+    },
 }
 
 
-def backend_for(tensor: Tensor, op: str) -> str:
-    """The backend that serves `op` on this tensor: reference, cpu or triton.
+def backend_for(device: torch.device, dtype: torch.dtype, op: str) -> str:
+    """The backend that runs `op` (a key of TABLE) on tensors of this device and dtype: reference, cpu or triton.
 
-    Raises TypeError for a dtype, RuntimeError for a device that no backend serves or a forced backend that cannot,
-    ValueError for an unknown `KERNELS_BACKEND`.
+    Raises TypeError for a dtype the op does not take; ValueError for an unknown KERNELS_BACKEND; KernelUnavailable
+    where no backend serves the device, where the forced one does not serve this input, or where it is not installed.
+    The message says what to install or to set.
     """
-    forced = os.environ.get(FORCE, "")
-    if forced and forced not in BACKENDS:
-        near = difflib.get_close_matches(forced, BACKENDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{FORCE} is {forced!r}, expected one of {', '.join(BACKENDS)}{hint}")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: got {tensor.dtype}, expected torch.float32 or torch.float64; convert it with .float()")
-    device = tensor.device.type
-    backend = forced or TABLE.get((device, tensor.dtype))
+    rows = TABLE[op]
+    dtypes = list(dict.fromkeys(dtype for _, dtype in rows))
+    if dtype not in dtypes:
+        names = " or ".join(map(str, dtypes))
+        raise TypeError(f"kernels.{op}: got dtype {dtype}; expected {names}; convert the input, e.g. with .float()")
+    backend = _forced() or rows.get((device.type, dtype))
     if backend is None:
-        raise RuntimeError(
-            f"{op}: no backend for device {device!r}, expected cpu or cuda; move the tensor there, or set {FORCE}=reference"
+        devices = ", ".join(sorted({name for name, kind in rows if kind == dtype}))
+        raise KernelUnavailable(
+            f"kernels.{op}: got a tensor on {device.type!r}; expected one of: {devices}; move it with .to(...), or set "
+            f"{FORCE}=reference to run the slow specification there"
         )
-    if backend != REFERENCE and tensor.dtype != torch.float32:
-        raise TypeError(
-            f"{op}: {FORCE}={backend} serves torch.float32 only, got {tensor.dtype}; unset it, or use .float()"
-        )
-    if backend == CPU and device != "cpu":
-        raise RuntimeError(
-            f"{op}: {FORCE}=cpu got a tensor on {device!r}, expected one on the CPU; use .cpu(), or unset it"
-        )
-    if backend == TRITON:
-        _require_triton(op, device)
+    if backend == CPU:
+        _check_serves(backend, op, device, dtype, device.type == "cpu" and dtype != torch.float64)
+        native()
+    elif backend == TRITON:
+        interpreted = device.type == "cpu" and _interprets()
+        _check_serves(backend, op, device, dtype, (device.type == "cuda" or interpreted) and dtype != torch.float64)
+        _require_triton(op)
     return backend
 
 
-def _require_triton(op: str, device: str) -> None:
+def _forced() -> str | None:
+    name = os.environ.get(FORCE)
+    if name and name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, 1, cutoff=0)[0]
+        raise ValueError(
+            f"{FORCE} is {name!r}; expected one of {', '.join(BACKENDS)}; did you mean {near!r}? Unset it to let the "
+            "input's device choose"
+        )
+    return name or None
+
+
+def _check_serves(backend: str, op: str, device: torch.device, dtype: torch.dtype, serves: bool) -> None:
+    if serves:
+        return
+    where = {
+        CPU: "a float32 tensor on 'cpu'",
+        TRITON: "a float32 tensor on 'cuda' (or on 'cpu' if TRITON_INTERPRET=1 was set before Python started: slow)",
+    }[backend]
+    raise KernelUnavailable(
+        f"kernels.{op}: {FORCE}={backend} got {dtype} on {device.type!r}; expected {where}; move or convert the input, "
+        f"unset {FORCE}, or set {FORCE}=reference"
+    )
+
+
+@functools.cache
+def _require_triton(op: str) -> None:
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(
-            f"{op}: the GPU kernel needs Triton, which is not installed; pip install triton, or set {FORCE}=reference"
+        raise KernelUnavailable(
+            f"kernels.{op}: the GPU kernels need Triton, which is not installed; expected triton>=3.6; run "
+            f"`pip install triton`, or set {FORCE}=reference"
         )
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            f"{op}: {FORCE}=triton got a tensor on the CPU, expected one on a GPU; use .cuda(), or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernel in Triton's slow interpreter"
-        )
+
+
+def _interprets() -> bool:
+    # the value Triton itself reads when its functions are decorated
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -4,18 +4,26 @@
     scan = FanBeam.uniform(72, 336, (128, 128), source_axis=537.5, axis_detector=537.5, pitch=2.0)
     sinogram = project(image, scan)                  # [..., 128, 128] -> [..., 72, 336]
 
-The discretisation is Joseph's (see `reference.py`, the specification). Both functions are linear, differentiable any
-number of times (the derivative of one is the other), run in float32 on the CPU (C++) and on CUDA (Triton), and in
-float64 through the reference. Repeated calls give the same bits.
+The discretisation is Joseph's; `reference.py` is the specification. Both functions are linear and differentiable any
+number of times (the derivative of one is the other); they work under torch.compile and torch.vmap. They run in float32
+on the CPU (C++) and on CUDA (Triton), in float64 through the reference; KERNELS_BACKEND=reference|cpu|triton forces
+one. The same call gives the same bits again (the reference on a GPU excepted).
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import _dispatch
+from kernels._load import native
+from kernels.ct.astra import from_astra, to_astra
 from kernels.ct.geometry import FanBeam, ParallelBeam
 
-__all__ = ["FanBeam", "ParallelBeam", "backproject", "project"]
+__all__ = ["FanBeam", "ParallelBeam", "backproject", "from_astra", "project", "to_astra"]
 
 Geometry = ParallelBeam | FanBeam
 
@@ -24,112 +32,151 @@ def project(image: Tensor, geometry: Geometry) -> Tensor:
     """Line integrals of an image: A x.
 
     image: [..., H, W] of `geometry.shape`, any strides, float32 or float64, in 1/mm (or any unit a mm).
-    Returns [..., V, K] of `geometry.sinogram_shape`, dimensionless (or that unit).
+    Returns [..., V, K] of `geometry.sinogram_shape`, dimensionless (or that unit), with the image's dtype and device.
 
-    Raises ValueError for a shape that does not fit, TypeError for another dtype, RuntimeError where no kernel serves the
-    device. Costs about H W V pixel reads (max(H, W) reads of two pixels a ray); memory: image + sinogram + one copy.
+    Raises ValueError for a shape that does not fit, TypeError for another dtype or type, KernelUnavailable where no
+    kernel serves the device. A NaN pixel makes the cells whose rays pass it NaN.
+    Costs max(H, W) reads of two pixels for each of the V K rays; memory: image, sinogram, a copy or two of the image.
     """
-    batch = _batch(image, geometry.shape, "project", "image", "[..., H, W]", geometry)
-    flat = image.reshape(-1, *geometry.shape)
-    return _project(flat, *_arguments(geometry)).reshape(*batch, *geometry.sinogram_shape)
+    batch = _batch("project", "image [..., H, W]", image, geometry, "shape")
+    flat = image.reshape(batch.numel(), *geometry.shape)
+    return _project(flat, *_flat(geometry)).reshape(*batch, *geometry.sinogram_shape)
 
 
 def backproject(sinogram: Tensor, geometry: Geometry) -> Tensor:
-    """Back-projection, the exact adjoint of `project`: A^T y. It is not a reconstruction: see `common.tomography`.
+    """Back-projection A^T y, the exact adjoint of `project`. Not a reconstruction: for that see `common.tomography`.
 
     sinogram: [..., V, K] of `geometry.sinogram_shape`, any strides, float32 or float64.
-    Returns [..., H, W] of `geometry.shape`, in the sinogram's unit times mm.
+    Returns [..., H, W] of `geometry.shape`, in the sinogram's unit times mm, with its dtype and device.
 
-    Raises and costs as `project`.
+    Raises and costs as `project` does.
     """
-    batch = _batch(sinogram, geometry.sinogram_shape, "backproject", "sinogram", "[..., views, cells]", geometry)
-    flat = sinogram.reshape(-1, *geometry.sinogram_shape)
-    return _backproject(flat, *_arguments(geometry)).reshape(*batch, *geometry.shape)
+    batch = _batch("backproject", "sinogram [..., views, cells]", sinogram, geometry, "sinogram_shape")
+    flat = sinogram.reshape(batch.numel(), *geometry.sinogram_shape)
+    return _backproject(flat, *_flat(geometry)).reshape(*batch, *geometry.shape)
 
 
-def _batch(tensor: Tensor, expected: tuple[int, int], op: str, name: str, axes: str, geometry: Geometry) -> torch.Size:
+def _batch(function: str, name: str, tensor: Tensor, geometry: Geometry, expected: str) -> torch.Size:
+    """The leading sizes of a tensor whose last two are `expected`, an attribute of the geometry."""
     if not isinstance(geometry, Geometry):
-        raise TypeError(f"{op}: got geometry of type {type(geometry).__name__}, expected ParallelBeam or FanBeam")
+        raise TypeError(
+            f"kernels.ct.{function}: got a geometry of type {type(geometry).__name__}; expected ParallelBeam or "
+            f"FanBeam; call {function}(tensor, geometry)"
+        )
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: got {name} of type {type(tensor).__name__}, expected a torch.Tensor {axes}")
-    if tensor.ndim < 2 or tuple(tensor.shape[-2:]) != expected:
+        raise TypeError(
+            f"kernels.ct.{function}: got {type(tensor).__name__}; expected a torch.Tensor, {name}; use torch.as_tensor"
+        )
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"kernels.ct.{function}: got dtype {tensor.dtype}; expected torch.float32 or torch.float64; use .float()"
+        )
+    sizes = getattr(geometry, expected)
+    if tuple(tensor.shape[-2:]) != sizes:
         raise ValueError(
-            f"{op}: got {name} of shape {tuple(tensor.shape)}, expected {axes} ending in {expected}, as the geometry says"
+            f"kernels.ct.{function}: got shape {tuple(tensor.shape)}; expected {name} ending in {sizes}, the "
+            f"geometry's {expected}; reshape it, or make a geometry for it"
         )
     return tensor.shape[:-2]
 
 
-def _arguments(geometry: Geometry) -> tuple[Tensor, int, list[int], list[float]]:
-    """The geometry as an op can take it; `lengths` = pitch, pixel, offset, axis and, for a fan, R and D."""
-    lengths = [geometry.pitch, geometry.pixel, geometry.offset, geometry.axis]
-    if isinstance(geometry, FanBeam):
-        lengths += [geometry.source_axis, geometry.axis_detector]
-    return geometry.angles, geometry.cells, list(geometry.shape), lengths
+def _flat(geometry: Geometry) -> tuple[Tensor, int, tuple[int, int], tuple[float, ...]]:
+    """The geometry in types that an op can take."""
+    return geometry.angles, geometry.cells, geometry.shape, geometry.lengths_mm
 
 
-def _geometry(angles: Tensor, cells: int, shape: list[int], lengths: list[float]) -> Geometry:
-    keys = ("pitch", "pixel", "offset", "axis", "source_axis", "axis_detector")
-    cls = ParallelBeam if len(lengths) == 4 else FanBeam
-    return cls(tuple(angles.tolist()), cells, (shape[0], shape[1]), **dict(zip(keys, lengths, strict=False)))  # type: ignore[arg-type]
+def _geometry(angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]) -> Geometry:
+    beam = "parallel" if len(lengths) == 4 else "fan"
+    cls, names = {
+        "parallel": (ParallelBeam, ("pitch", "pixel", "offset", "axis")),
+        "fan": (FanBeam, ("source_axis", "axis_detector", "pitch", "pixel", "offset", "axis")),
+    }[beam]
+    scan: dict[str, Any] = dict(zip(names, lengths, strict=True))
+    return cls(angles.tolist(), cells, (shape[0], shape[1]), **scan)
+
+
+# The ops know the geometry as plain values, so that torch can trace, store and compare them: angles [V] float64 on the
+# CPU, and the lengths in mm in the order of `lengths_mm`, four for a parallel beam and six for a fan.
 
 
 @torch.library.custom_op("resparse::ct_project", mutates_args=())
-def _project(image: Tensor, angles: Tensor, cells: int, shape: list[int], lengths: list[float]) -> Tensor:
-    backend = _dispatch.backend_for(image, "kernels.ct.project")
-    if backend == _dispatch.CPU:
-        out = image.new_empty(len(image), len(angles), cells)
-        return _native("project", image, angles, out, lengths)
-    return _implementation(backend).project(image, _geometry(angles, cells, shape, lengths))
+def _project(image: Tensor, angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]) -> Tensor:
+    """image [B, H, W] -> sinogram [B, V, K]"""
+    return _run("project", image, image.new_empty(len(image), len(angles), cells), angles, cells, shape, lengths)
 
 
 @torch.library.custom_op("resparse::ct_backproject", mutates_args=())
-def _backproject(sinogram: Tensor, angles: Tensor, cells: int, shape: list[int], lengths: list[float]) -> Tensor:
-    backend = _dispatch.backend_for(sinogram, "kernels.ct.backproject")
-    if backend == _dispatch.CPU:
-        out = sinogram.new_empty(len(sinogram), *shape)
-        return _native("backproject", sinogram, angles, out, lengths)
-    return _implementation(backend).backproject(sinogram, _geometry(angles, cells, shape, lengths))
+def _backproject(
+    sinogram: Tensor, angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]
+) -> Tensor:
+    """sinogram [B, V, K] -> image [B, H, W]"""
+    out = sinogram.new_empty(len(sinogram), *shape)
+    return _run("backproject", sinogram, out, angles, cells, shape, lengths)
 
 
-def _native(name: str, data: Tensor, angles: Tensor, out: Tensor, lengths: list[float]) -> Tensor:
-    from kernels._load import native
+def _run(
+    name: str,
+    data: Tensor,
+    out: Tensor,
+    angles: Tensor,
+    cells: int,
+    shape: Sequence[int],
+    lengths: Sequence[float],
+) -> Tensor:
+    backend = _dispatch.backend_for(data.device, data.dtype, "ct")
+    if data.numel() == 0 or out.numel() == 0:
+        return out.zero_()
+    if backend == _dispatch.REFERENCE:
+        from kernels.ct import reference
 
-    beam = "parallel" if len(lengths) == 4 else "fan"
-    distances = lengths[4:]
-    function = getattr(native(), f"ct_{beam}_{name}")
-    function(data.detach().contiguous(), angles, out, *distances, *lengths[:4], torch.get_num_threads())
+        return out.copy_(getattr(reference, name)(data.detach(), _geometry(angles, cells, shape, lengths)))
+    data = data.detach().contiguous()
+    if backend == _dispatch.TRITON:
+        from kernels.ct import triton
+
+        getattr(triton, name)(data, angles, out, lengths)
+    else:
+        beam = "parallel" if len(lengths) == 4 else "fan"
+        getattr(native(), f"ct_{beam}_{name}")(data, angles, out, *lengths, torch.get_num_threads())
     return out
 
 
-def _implementation(backend: str):
-    if backend == _dispatch.TRITON:
-        from kernels.ct import triton as module
-    else:
-        from kernels.ct import reference as module
-    return module
-
-
 @_project.register_fake
-def _(image: Tensor, angles: Tensor, cells: int, shape: list[int], lengths: list[float]) -> Tensor:
+def _(image: Tensor, angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]) -> Tensor:
     return image.new_empty(image.shape[0], angles.shape[0], cells)
 
 
 @_backproject.register_fake
-def _(sinogram: Tensor, angles: Tensor, cells: int, shape: list[int], lengths: list[float]) -> Tensor:
+def _(sinogram: Tensor, angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]) -> Tensor:
     return sinogram.new_empty(sinogram.shape[0], *shape)
 
 
-def _keep_geometry(ctx, inputs, output) -> None:
-    _, ctx.angles, ctx.cells, ctx.shape, ctx.lengths = inputs
+def _keep_geometry(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, angles, *ctx.scan = inputs
+    ctx.save_for_backward(angles)
 
 
-def _project_backward(ctx, grad: Tensor):
-    return _backproject(grad, ctx.angles, ctx.cells, ctx.shape, ctx.lengths), None, None, None, None
+_project.register_autograd(
+    lambda ctx, grad: (_backproject(grad, *ctx.saved_tensors, *ctx.scan), None, None, None, None),
+    setup_context=_keep_geometry,
+)
+_backproject.register_autograd(
+    lambda ctx, grad: (_project(grad, *ctx.saved_tensors, *ctx.scan), None, None, None, None),
+    setup_context=_keep_geometry,
+)
 
 
-def _backproject_backward(ctx, grad: Tensor):
-    return _project(grad, ctx.angles, ctx.cells, ctx.shape, ctx.lengths), None, None, None, None
+def _vmap(op: Any) -> Any:
+    """How torch.vmap maps the op: the mapped dimension joins the batch."""
+
+    def rule(info: Any, in_dims: tuple, data: Tensor, angles: Tensor, *scan: Any) -> tuple[Tensor, int]:
+        assert in_dims[1] is None, "angles come from a geometry, which is no tensor to map over"
+        data = data.movedim(in_dims[0], 0)  # [N, B, ., .]
+        out = op(data.flatten(0, 1), angles, *scan)
+        return out.unflatten(0, data.shape[:2]), 0
+
+    return rule
 
 
-_project.register_autograd(_project_backward, setup_context=_keep_geometry)
-_backproject.register_autograd(_backproject_backward, setup_context=_keep_geometry)
+_project.register_vmap(_vmap(_project))
+_backproject.register_vmap(_vmap(_backproject))

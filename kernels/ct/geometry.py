@@ -1,7 +1,7 @@
 """Scan geometries of 2-D tomography: which line each cell of each view measures.
 
-Lengths are in mm. The image has its centre at the origin, X to the right and Y upwards: pixel (row r, column c) of an
-image [H, W] lies at
+Lengths are in mm, angles in radians. The image has its middle at the rotation axis, X to the right and Y upwards; pixel
+(row r, column c) of an image [H, W] is centred at
 
     X = (c - (W-1)/2) pixel,    Y = ((H-1)/2 - r) pixel.
 
@@ -11,55 +11,59 @@ depth U, its distance from the source along the central ray:
     t = X cos b + Y sin b + axis,          U = R - (X sin b - Y cos b),
     parallel beam:  u = t,                 fan beam:  u = t (R + D) / U,
 
-with R = source_axis and D = axis_detector; for axis = 0 the source stands at R (sin b, -cos b). Cell k of K is centred at
-u_k = (k - (K-1)/2) pitch + offset. `offset` moves the detector; `axis` is where the rotation axis stands beside the
-central ray (in a parallel beam, axis = -offset does the same).
+with R = source_axis and D = axis_detector; for axis = 0 the source stands at R (sin b, -cos b). Cell k of K is centred
+at u_k = (k - (K-1)/2) pitch + offset.
+
+                  b = 0                      `offset` moves the detector, `axis` the rotation axis: where
+     -------[ detector ]-------> u           they are zero, the central ray runs through the middle of both.
+                  |                          In a parallel beam, axis = a does the same as offset = -a.
+                  | D
+              +---|---+                      The sketch is a fan; in a parallel beam all rays run upwards.
+              | image |
+              +---|---+
+                  | R
+                  * source
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+__all__ = ["FanBeam", "ParallelBeam"]
 
+
+@dataclass(frozen=True, repr=False)
 class _Beam:
     """What both geometries share."""
 
     angles_rad: tuple[float, ...]
     cells: int
     shape: tuple[int, int]
-    pitch: float
-    pixel: float
-    offset: float
-    axis: float
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        angles = tuple(float(a) for a in self.angles_rad)
-        if not all(map(math.isfinite, angles)):
-            bad = next(i for i, a in enumerate(angles) if not math.isfinite(a))
-            raise ValueError(f"{name}: angles_rad[{bad}] is {angles[bad]}, expected finite angles in radians")
-        object.__setattr__(self, "angles_rad", angles)
-        shape = tuple(self.shape)
-        if len(shape) != 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"{name}: got shape {self.shape!r}, expected the image's (H, W), two integers >= 0")
-        object.__setattr__(self, "shape", shape)
-        if not isinstance(self.cells, int) or self.cells < 0:
-            raise ValueError(
-                f"{name}: got cells {self.cells!r}, expected the number of detector cells, an integer >= 0"
-            )
+        object.__setattr__(self, "angles_rad", _angles(name, self.angles_rad))
+        object.__setattr__(self, "cells", _count(name, "cells", self.cells, "the number of detector cells"))
+        object.__setattr__(self, "shape", _shape(name, self.shape))
         for field in self._lengths:
-            value = float(getattr(self, field))
-            if not math.isfinite(value) or (field in ("pitch", "pixel") and value <= 0):
-                rule = "a length in mm > 0" if field in ("pitch", "pixel") else "a finite length in mm"
-                raise ValueError(f"{name}: got {field} {getattr(self, field)!r}, expected {rule}")
-            object.__setattr__(self, field, value)
+            object.__setattr__(self, field, _length(name, field, getattr(self, field)))
+
+    def __repr__(self) -> str:
+        parts = [f"{self.views} views"]
+        if self.views:
+            low, high = min(self.angles_rad), max(self.angles_rad)
+            parts[0] += f" in {math.degrees(low):g}..{math.degrees(high):g} deg"
+        parts += [f"cells={self.cells}", f"shape={self.shape}"]
+        parts += [f"{name}={getattr(self, name):g}" for name in self._lengths]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     def views(self) -> int:
@@ -68,71 +72,96 @@ class _Beam:
 
     @property
     def sinogram_shape(self) -> tuple[int, int]:
-        """(V, K)."""
+        """(V, K): views, cells."""
         return self.views, self.cells
 
     @cached_property
     def angles(self) -> Tensor:
-        """Angles in radians, [V] float64 on the CPU."""
+        """View angles in radians, [V] float64 on the CPU; shared, not to be written to."""
         return torch.tensor(self.angles_rad, dtype=torch.float64)
 
     @cached_property
-    def cell_centres(self) -> Tensor:
-        """u_k in mm, [K] float64 on the CPU."""
+    def cell_centres_mm(self) -> Tensor:
+        """u_k in mm, [K] float64 on the CPU; shared, not to be written to."""
         k = torch.arange(self.cells, dtype=torch.float64)
-        return (k - (self.cells - 1) / 2) * self.pitch + self.offset
+        pitch, _, offset, _ = self.lengths_mm[-4:]
+        return (k - (self.cells - 1) / 2) * pitch + offset
+
+    @cached_property
+    def lengths_mm(self) -> tuple[float, ...]:
+        """The lengths in the order of the kernels: (R, D,) pitch, pixel, offset, axis; R and D in a fan only."""
+        return tuple(getattr(self, name) for name in self._lengths)
 
     def subset(self, views: Iterable[int]) -> Self:
-        """The same scan with only these views, in this order: sparse views of a full scan."""
-        return replace(self, angles_rad=tuple(self.angles_rad[v] for v in views))  # type: ignore[type-var]
+        """The same scan with only these views (indices, negative ones count from the end), in this order.
+
+        `scan.subset(range(0, scan.views, 10))` is every tenth view. Raises IndexError for a view that is not there.
+        """
+        chosen = [operator.index(view) for view in views]
+        for view in chosen:
+            if not -self.views <= view < self.views:
+                raise IndexError(
+                    f"{type(self).__name__}.subset: got view {view}; expected -{self.views}..{self.views - 1}, as the "
+                    f"scan has {self.views} views"
+                )
+        return replace(self, angles_rad=tuple(self.angles_rad[view] for view in chosen))
+
+    @property
+    def _lengths(self) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(self) if field.kw_only)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParallelBeam(_Beam):
-    """Parallel rays; formulas in the module's docstring.
+    """Parallel rays: cell k of view v integrates along X cos b_v + Y sin b_v = u_k - axis (see the module's text).
 
-    angles_rad: V view angles in radians, any order and spacing. cells: K detector cells. shape: (H, W) of the image.
-    pitch, pixel: widths of a cell and of a pixel, mm. offset, axis: shifts of detector and rotation axis, mm.
+    angles_rad: V view angles in radians, any order and spacing (a sequence, array or tensor). cells: K, the number of
+    detector cells. shape: (H, W) of the image. pitch, pixel: widths of a cell and of a pixel, mm, above 0. offset,
+    axis: shifts of the detector and of the rotation axis, mm.
 
-    Raises ValueError for values that are not finite, not positive where they must be, or of the wrong form.
+    V, K, H and W may be 0. Raises ValueError or TypeError, naming the field, for a value that is not of this form.
     """
 
-    angles_rad: tuple[float, ...]
-    cells: int
-    shape: tuple[int, int]
+    _: KW_ONLY
     pitch: float = 1.0
     pixel: float = 1.0
     offset: float = 0.0
     axis: float = 0.0
 
-    _lengths = ("pitch", "pixel", "offset", "axis")
-
     @classmethod
     def uniform(
-        cls, views: int, cells: int, shape: Sequence[int], *, arc_rad: float = math.pi, **lengths: float
+        cls,
+        views: int,
+        cells: int,
+        shape: Sequence[int],
+        *,
+        arc_rad: float = math.pi,
+        pitch: float = 1.0,
+        pixel: float = 1.0,
+        offset: float = 0.0,
+        axis: float = 0.0,
     ) -> Self:
-        """`views` evenly spaced angles over `arc_rad`, the end not repeated."""
-        return cls(tuple(arc_rad * v / views for v in range(views)), cells, tuple(shape), **lengths)  # type: ignore[arg-type]
+        """A scan with `views` evenly spaced angles from 0 over `arc_rad` (a half turn), the end not repeated."""
+        angles = _even(cls.__name__, views, arc_rad)
+        return cls(angles, cells, _shape(cls.__name__, shape), pitch=pitch, pixel=pixel, offset=offset, axis=axis)
 
-    def rays(self, view: int) -> tuple[Tensor, Tensor]:
-        """The lines X cos φ + Y sin φ = p of one view: φ in radians and p in mm, [K] float64 each."""
-        p = self.cell_centres - self.axis
-        return torch.full_like(p, self.angles_rad[view]), p
+    def lines(self, view: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The rays X nx + Y ny = p of one view: nx, ny (a unit vector) and p in mm, [K] float64 each."""
+        b, p = self.angles[view], self.cell_centres_mm - self.axis
+        return b.cos().expand_as(p), b.sin().expand_as(p), p
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FanBeam(_Beam):
-    """A point source and a flat detector; formulas in the module's docstring.
+    """A point source that faces a flat detector; formulas and sketch in the module's text.
 
-    As `ParallelBeam`, and: source_axis: R, from source to rotation axis, mm; axis_detector: D, from there to the
-    detector, mm (0: a detector scaled to the rotation axis).
+    As `ParallelBeam`, and source_axis: R, from the source to the rotation axis, mm, more than half the diagonal of the
+    image; axis_detector: D, from there to the detector, mm, 0 or more (0: a detector scaled to the rotation axis).
 
-    Raises ValueError as ParallelBeam does, and if the source would enter the circle around the image.
+    Raises as ParallelBeam does, and ValueError where the source enters the circle round the image.
     """
 
-    angles_rad: tuple[float, ...]
-    cells: int
-    shape: tuple[int, int]
+    _: KW_ONLY
     source_axis: float
     axis_detector: float
     pitch: float = 1.0
@@ -140,33 +169,110 @@ class FanBeam(_Beam):
     offset: float = 0.0
     axis: float = 0.0
 
-    _lengths = ("pitch", "pixel", "offset", "axis", "source_axis", "axis_detector")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.source_axis <= 0 or self.axis_detector < 0:
+        reach = self.pixel * math.hypot(*self.shape) / 2
+        if not self.source_axis > reach:
             raise ValueError(
-                f"FanBeam: got source_axis {self.source_axis} and axis_detector {self.axis_detector}, expected a distance "
-                "in mm > 0 and one >= 0"
-            )
-        reach = math.hypot(*self.shape) / 2 * self.pixel
-        if self.source_axis <= reach:
-            raise ValueError(
-                f"FanBeam: the source, {self.source_axis} mm from the axis, enters the circle around the image, of radius "
-                f"{reach:.6g} mm; expected source_axis to be larger, or fewer or smaller pixels"
+                f"FanBeam: got source_axis {self.source_axis:g} mm, which puts the source inside the circle round the "
+                f"image; expected more than half the image's diagonal, {reach:.6g} mm; check that lengths and pixel "
+                f"({self.pixel:g}) are both in mm, or take fewer pixels"
             )
 
     @classmethod
     def uniform(
-        cls, views: int, cells: int, shape: Sequence[int], *, arc_rad: float = 2 * math.pi, **lengths: float
+        cls,
+        views: int,
+        cells: int,
+        shape: Sequence[int],
+        *,
+        source_axis: float,
+        axis_detector: float,
+        arc_rad: float = 2 * math.pi,
+        pitch: float = 1.0,
+        pixel: float = 1.0,
+        offset: float = 0.0,
+        axis: float = 0.0,
     ) -> Self:
-        """`views` evenly spaced angles over `arc_rad`, the end not repeated; `lengths` holds at least the distances."""
-        return cls(tuple(arc_rad * v / views for v in range(views)), cells, tuple(shape), **lengths)  # type: ignore[arg-type]
+        """A scan with `views` evenly spaced angles from 0 over `arc_rad` (a whole turn), the end not repeated."""
+        return cls(
+            _even(cls.__name__, views, arc_rad),
+            cells,
+            _shape(cls.__name__, shape),
+            source_axis=source_axis,
+            axis_detector=axis_detector,
+            pitch=pitch,
+            pixel=pixel,
+            offset=offset,
+            axis=axis,
+        )
 
-    def rays(self, view: int) -> tuple[Tensor, Tensor]:
-        """The lines X cos φ + Y sin φ = p of one view: φ in radians and p in mm, [K] float64 each.
+    def lines(self, view: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The rays X nx + Y ny = p of one view: nx, ny (a unit vector) and p in mm, [K] float64 each.
 
-        With the fan angle γ = atan(u / (R + D)): φ = b - γ, p = R sin γ - axis cos γ.
+        With the fan angle g = atan(u / (R + D)): n = (cos(b - g), sin(b - g)), p = R sin g - axis cos g.
         """
-        gamma = torch.atan(self.cell_centres / (self.source_axis + self.axis_detector))
-        return self.angles_rad[view] - gamma, self.source_axis * gamma.sin() - self.axis * gamma.cos()
+        g = torch.atan(self.cell_centres_mm / (self.source_axis + self.axis_detector))
+        b = self.angles[view]
+        return (b - g).cos(), (b - g).sin(), self.source_axis * g.sin() - self.axis * g.cos()
+
+
+def _even(owner: str, views: int, arc_rad: float) -> tuple[float, ...]:
+    count = _count(owner, "views", views, "the number of views")
+    arc = _length(owner, "arc_rad", arc_rad, unit="an angle in radians")
+    return tuple(arc * v / count for v in range(count))
+
+
+def _angles(owner: str, value: Any) -> tuple[float, ...]:
+    try:
+        angles = tuple(float(a) for a in (value.tolist() if hasattr(value, "tolist") else value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{owner}: got angles_rad of type {type(value).__name__}; expected one angle in radians for each view: a "
+            f"flat sequence of numbers, such as (0.0, 0.1), or {owner}.uniform(views, ...)"
+        ) from error
+    for view, angle in enumerate(angles):
+        if not math.isfinite(angle):
+            raise ValueError(
+                f"{owner}: got angles_rad[{view}] = {angle}; expected finite angles in radians; drop that view"
+            )
+    return angles
+
+
+def _count(owner: str, name: str, value: Any, meaning: str) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{owner}: got {name} = {value!r}; expected {meaning}, an integer of 0 or more; use int(...)"
+        ) from None
+    if count < 0:
+        raise ValueError(f"{owner}: got {name} = {count}; expected {meaning}, an integer of 0 or more")
+    return count
+
+
+def _shape(owner: str, value: Any) -> tuple[int, int]:
+    sizes = tuple(value) if isinstance(value, Iterable) else (value,)
+    if len(sizes) != 2:
+        raise ValueError(
+            f"{owner}: got shape = {value!r}; expected (H, W), the image's rows and columns; leave batch sizes out"
+        )
+    return (
+        _count(owner, "shape[0]", sizes[0], "the image's rows"),
+        _count(owner, "shape[1]", sizes[1], "the image's columns"),
+    )
+
+
+_POSITIVE = ("pitch", "pixel", "source_axis")
+
+
+def _length(owner: str, name: str, value: Any, unit: str = "a length in mm") -> float:
+    try:
+        length = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{owner}: got {name} = {value!r}; expected {unit}, one number; use float(...)") from None
+    low = " above 0" if name in _POSITIVE else " of 0 or more" if name == "axis_detector" else ""
+    outside = (name in _POSITIVE and length <= 0) or (name == "axis_detector" and length < 0)
+    if outside or not math.isfinite(length):
+        raise ValueError(f"{owner}: got {name} = {length:g}; expected {unit}, finite{low and ' and'}{low}")
+    return length
