@@ -105,30 +105,28 @@ void load_tile(const float* image, const Shape& shape, Plane plane, int64_t line
     }
 }
 
-// Cells that meet positions [begin, end) on the middle line of a tile. The outermost chunks take in whatever meets
-// any of the tile's lines. `whole` blocks are not cut: inner borders fall on multiples of kChunkAlign.
+// Cells that meet positions [begin, end) of a tile's lines. Chunks share out the cells by where they cross the middle
+// line; the outermost chunks take in whatever meets any line. Borders fall on multiples of kChunkAlign, so that chunks
+// do not cut vectors.
 template <class SheetT>
 Part cells_of_chunk(const SheetT& sheet, int64_t line, int64_t lines, int64_t width, int64_t begin, int64_t end) {
-    const double top = static_cast<double>(line), bottom = static_cast<double>(line + lines - 1);
-    auto clamp = [&](double cell) {
-        const double low = static_cast<double>(sheet.first), high = static_cast<double>(sheet.last);
-        return static_cast<int64_t>(cell > low ? std::min(cell, high) : low);
+    double top = static_cast<double>(line), bottom = static_cast<double>(line + lines - 1);
+    if (sheet.forward() > 0) top = std::max(top, std::floor(sheet.source_line()) + 1);
+    if (sheet.forward() < 0) bottom = std::min(bottom, std::ceil(sheet.source_line()) - 1);
+    if (top > bottom) return {0, 0};
+    const double low = static_cast<double>(sheet.first), high = static_cast<double>(sheet.last);
+    auto cell_at = [&](double x, double l, double unseen) { return sheet.sees(x, l) ? sheet.cell_at(x, l) : unseen; };
+    auto align = [&](double cell) {
+        const int64_t down = static_cast<int64_t>(std::clamp(cell, low, high)) / kChunkAlign * kChunkAlign;
+        return std::max(sheet.first, down);
     };
-    auto border = [&](int64_t x) {
-        const int64_t cell = clamp(std::ceil(sheet.cell_at(static_cast<double>(x), 0.5 * (top + bottom))));
-        return std::max(sheet.first, cell / kChunkAlign * kChunkAlign);
-    };
-    Part cells{};
-    if (begin == 0)
-        cells.begin = clamp(std::floor(std::min(sheet.cell_at(-1, top), sheet.cell_at(-1, bottom))));
-    else
-        cells.begin = border(begin);
-    if (begin == 0) cells.begin = std::max(sheet.first, cells.begin / kChunkAlign * kChunkAlign);
+    auto border = [&](int64_t x) { return align(std::ceil(cell_at(static_cast<double>(x), 0.5 * (top + bottom), low))); };
+    Part cells{begin == 0 ? align(std::floor(std::min(cell_at(-1, top, low), cell_at(-1, bottom, low)))) : border(begin),
+               border(end)};
     if (end >= width) {
-        const double over = static_cast<double>(width);
-        cells.end = clamp(std::ceil(std::max(sheet.cell_at(over, top), sheet.cell_at(over, bottom))) + 1);
-    } else {
-        cells.end = border(end);
+        const double x = static_cast<double>(width);
+        const double last = std::ceil(std::max(cell_at(x, top, high), cell_at(x, bottom, high)));
+        cells.end = static_cast<int64_t>(std::clamp(last, low, high));
     }
     return cells;
 }

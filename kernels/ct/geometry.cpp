@@ -49,6 +49,7 @@ void mirror(FanSheet& sheet, int64_t width) {
     sheet.xs = static_cast<double>(width - 1) - sheet.xs;
     sheet.p0 = -sheet.p0;
     sheet.p1 = -sheet.p1;
+    sheet.side = -sheet.side;
     sheet.plane = static_cast<Plane>(sheet.plane ^ 1);
 }
 
@@ -122,9 +123,16 @@ FanSheet fan_sheet(const Fan& beam, const Shape& shape, double cosine, double si
     sheet.p1 = run.rows ? -cosine : sine;
     sheet.q0 = run.rows ? cosine : sine;
     sheet.q1 = run.rows ? sine : -cosine;
+    // towards the detector a ray moves by -q lines; and the image's middle has depth source_axis / pixel > 0
+    sheet.ahead = -1;
     if (sheet.q(0.5 * static_cast<double>(run.begin + run.end - 1)) < 0) {
         sheet.p0 = -sheet.p0, sheet.p1 = -sheet.p1, sheet.q0 = -sheet.q0, sheet.q1 = -sheet.q1;
+        sheet.ahead = 1;
     }
+    sheet.side = 1;
+    const double middle_row = 0.5 * static_cast<double>(shape.height - 1);
+    const double middle_column = 0.5 * static_cast<double>(shape.width - 1);
+    if (!(run.rows ? sheet.sees(middle_column, middle_row) : sheet.sees(middle_row, middle_column))) sheet.side = -1;
     return sheet;
 }
 
@@ -142,7 +150,7 @@ std::vector<Group<SheetT>> collect(std::vector<SheetT> sheets, Key key) {
             Group<SheetT>& group = out[out.size() - back];
             const auto a = key(group.sheet), b = key(sheet);
             bool same = group.members.size() < kMaxMembers && group.sheet.first == sheet.first &&
-                        group.sheet.last == sheet.last;
+                        group.sheet.last == sheet.last && group.sheet.forward() == sheet.forward();
             for (size_t i = 0; same && i < a.size(); ++i) same = std::fabs(a[i] - b[i]) <= kSame;
             if (same) home = &group;
         }
@@ -190,12 +198,10 @@ std::vector<FanSheet> sheets(const Fan& beam, const Shape& shape, const double* 
         for (const Run& run : dominance_runs(cosine, sine, m0, mu, shape.cells)) {
             FanSheet sheet = fan_sheet(beam, shape, cosine, sine, run);
             const int64_t width = run.rows ? shape.width : shape.height;
-            const int64_t lines = run.rows ? shape.height : shape.width;
             sheet.view = v;
             if (centred && sheet.xs > 0.5 * static_cast<double>(width - 1) + kSame) mirror(sheet, width);
-            const double middle_line = 0.5 * static_cast<double>(lines - 1);
-            const double determinant = sheet.p1 * sheet.q0 - sheet.p0 * sheet.q1;
-            if (determinant * sheet.mu * (middle_line - sheet.ls) < 0) reverse(sheet, shape.cells);
+            // d x / d k = (p1 q0 - p0 q1) mu / q^2 (l - ls)
+            if ((sheet.p1 * sheet.q0 - sheet.p0 * sheet.q1) * sheet.mu * sheet.ahead < 0) reverse(sheet, shape.cells);
             out.push_back(sheet);
         }
     }

@@ -44,28 +44,40 @@ struct Sheet {
 struct ParallelSheet : Sheet {
     double x0, s, t;
 
+    // the fractional cell whose ray meets position x of line l
     double cell_at(double x, double l) const { return (x - x0 - t * l) / s; }
+    // false where no ray of the scan can come from: behind the source
+    bool sees(double, double) const { return true; }
     double spacing_bound(double) const { return s; }
+    // lines beyond source_line() in this direction are the ones that rays reach; 0: all are
+    int forward() const { return 0; }
+    double source_line() const { return 0; }
 };
 
 // x(k, l) = xs + (p0 + p1 m) / (q0 + q1 m) (l - ls) with m = m0 + mu k: the source is pixel (xs, ls) of the plane.
-// q > 0 on the sheet's cells; |p1 q0 - p0 q1| = 1; positions grow with k.
+// q > 0 on the sheet's cells; |p1 q0 - p0 q1| = 1; positions grow with k on the lines in front of the source.
 struct FanSheet : Sheet {
     double xs, ls, p0, p1, q0, q1, m0, mu;
+    int ahead; // rays leave the source towards growing (1) or falling (-1) line numbers
+    int side;  // the sign that makes depth() positive on the image
 
     double tangent(double k) const { return m0 + mu * k; }
     double q(double k) const { return q0 + q1 * tangent(k); }
     double slope(double k) const { return (p0 + p1 * tangent(k)) / q(k); }
-    // depth of a pixel as seen from the source, in pixels, with a sign; never zero on the image
-    double depth(double x, double l) const { return q1 * (x - xs) - p1 * (l - ls); }
+    // how far a pixel is from the source along the central ray, in pixels
+    double depth(double x, double l) const { return side * (q1 * (x - xs) - p1 * (l - ls)); }
+    bool sees(double x, double l) const { return depth(x, l) > 0; }
+    // the fractional cell whose ray meets position x of line l
     double cell_at(double x, double l) const {
-        return ((p0 * (l - ls) - q0 * (x - xs)) / depth(x, l) - m0) / mu;
+        return (side * (p0 * (l - ls) - q0 * (x - xs)) / depth(x, l) - m0) / mu;
     }
     // q^2 >= 1/2 on the sheet's own cells, so d x / d k = |mu (l - ls)| / q^2 stays below this
     double spacing_bound(double l) const {
-        double distance = l - ls;
+        const double distance = l - ls;
         return 2 * (mu < 0 ? -mu : mu) * (distance < 0 ? -distance : distance);
     }
+    int forward() const { return ahead; }
+    double source_line() const { return ls; }
 };
 
 struct Member {

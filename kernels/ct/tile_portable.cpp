@@ -78,7 +78,7 @@ void backproject_fan(const FanSheet& sheet, const BackprojectTask& task) {
         const double l = static_cast<double>(task.line + i);
         for (int64_t x = task.begin; x < task.end; ++x) {
             const double t = sheet.cell_at(static_cast<double>(x), l);
-            const double scale = std::fabs(sheet.mu * sheet.depth(static_cast<double>(x), l));
+            const double scale = std::fabs(sheet.mu) * sheet.depth(static_cast<double>(x), l);
             // |k - t| scale < q_k = q_t + (k - t) tilt
             const double tilt = sheet.q1 * sheet.mu, q_t = sheet.q(t);
             const double below = scale + tilt > 0 ? q_t / (scale + tilt) : INFINITY;
