@@ -26,6 +26,7 @@ from typing import Any
 from common import claims
 from common.claims import Band, Claim, ClaimError, Needs, Tolerance
 from common.expressions import Expression, nearest
+from common.params import PROFILES
 
 _FIELDS = ("id", "text", "source", "kind", "metric", "claimed", "expect", "tolerance", "needs", "seeds", "proxy_of")
 _FIELDS += ("scale",)
@@ -204,11 +205,10 @@ def _needs(entry: _Entry) -> Needs:
     part = entry.part("needs")
     part.require_keys(("profile", "device", "data"), ("profile",))
     profile = part.text("profile")
-    if profile not in claims.PROFILES:
+    if profile not in PROFILES:
         raise part.fault(
             "profile",
-            f"got profile {profile!r}, expected one of {', '.join(claims.PROFILES)}; "
-            f"{nearest(profile, claims.PROFILES)}",
+            f"got profile {profile!r}, expected one of {', '.join(PROFILES)}; {nearest(profile, PROFILES)}",
         )
     device = part.text("device")
     if device not in ("", "cpu", "cuda"):

@@ -27,8 +27,8 @@ from typing import Any
 
 from common import stats
 from common.expressions import Expression, Measured, MetricError, Metrics, nearest
+from common.params import PROFILES
 
-PROFILES = ("smoke", "laptop", "paper")
 KINDS = ("value", "order", "trend", "invariant", "speed", "memory")
 REPRODUCED, REFUTED, INCONCLUSIVE = "reproduced", "refuted", "inconclusive"
 NOT_TESTED, ERROR = "not tested", "error"

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from common import claims, paper, paths, provenance
-from common.claims import ERROR, NOT_TESTED, PROFILES, VERDICTS, Claim, Verdict
+from common.claims import ERROR, NOT_TESTED, VERDICTS, Claim, Verdict
+from common.params import PROFILES
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,12 +11,12 @@ import argparse
 import json
 import subprocess
 import sys
-from typing import Any
 
-from common import claims, files, paths, scoreboard
+from common import files, params, paths, scoreboard
 from common.claims import ClaimError
 from common.expressions import nearest
 from common.paper import PaperError
+from common.params import ParamError
 from common.scoreboard import Board, Change
 from pipelines import site
 
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return show(table=options.table, diff=options.diff or "")
-    except (BoardError, ClaimError, PaperError) as error:
-        print(f"resparse: {error}", file=sys.stderr)
+    except (BoardError, ClaimError, PaperError, ParamError) as error:
+        print(f"resparse: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -44,7 +44,7 @@ def show(*, table: bool, diff: str = "") -> int:
     """Write the board and print what is asked for; 1 if a verdict is an error, else 0.
 
     Raises:
-        BoardError, ClaimError, PaperError: as `build` and `changes`.
+        BoardError, ClaimError, PaperError, ParamError: as `build` and `changes`.
     """
     from rich.console import Console
 
@@ -65,11 +65,11 @@ def build() -> Board:
     """Judge everything that `params.yaml` names and write the board's files, each as a whole.
 
     Raises:
-        BoardError: `params.yaml` names no papers or an unknown profile.
+        BoardError, ParamError: `params.yaml` cannot be read, or names a paper or profile that is not there.
         ClaimError, PaperError: a paper's files break their schema.
     """
-    settings = _settings()
-    board = scoreboard.collect(settings["papers"], settings["profile"])
+    profile, papers = _house()
+    board = scoreboard.collect(papers, profile)
     files.write(paths.root() / "scoreboard.json", scoreboard.to_json(board))
     files.write(paths.root() / "SCOREBOARD.md", scoreboard.to_markdown(board))
     site.build(board)
@@ -92,31 +92,21 @@ def changes(revision: str) -> list[Change]:
     return scoreboard.diff(json.loads(done.stdout), after)
 
 
-def _settings() -> dict[str, Any]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    path = paths.root() / "params.yaml"
-    try:
-        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (OSError, YAMLError) as error:
-        raise BoardError(f"params.yaml cannot be read: {' '.join(str(error).split())}; restore it with git.") from None
-    settings = content if isinstance(content, dict) else {}
-    papers, profile = settings.get("papers"), settings.get("profile")
-    if not isinstance(papers, list) or not papers:
-        raise BoardError(f"params.yaml: papers got {papers!r}, expected a list of paper folders such as [gloredi].")
-    missing = [str(slug) for slug in papers if not paths.paper(str(slug)).is_dir()]
+def _house() -> tuple[str, list[str]]:
+    """The profile whose results are due, and the papers on the board."""
+    profile, papers = params.house()
+    missing = [slug for slug in papers if not paths.paper(str(slug)).is_dir()]
     if missing:
         known = [path.name for path in (paths.root() / "papers").iterdir() if (path / "claims.yaml").is_file()]
         raise BoardError(
-            f"params.yaml: papers names {missing[0]!r}, which is no folder of papers/; {nearest(missing[0], known)}"
+            f"params.yaml: papers names {missing[0]!r}, no folder of papers/; {nearest(str(missing[0]), known)}"
         )
-    if profile not in claims.PROFILES:
+    if profile not in params.PROFILES:
         raise BoardError(
-            f"params.yaml: profile got {profile!r}, expected one of {', '.join(claims.PROFILES)}; "
-            f"{nearest(str(profile), claims.PROFILES)}"
+            f"params.yaml: profile got {profile!r}, expected one of {', '.join(params.PROFILES)}; "
+            f"{nearest(str(profile), params.PROFILES)}"
         )
-    return settings
+    return profile, papers
 
 
 def _total(board: Board) -> dict[str, int]:

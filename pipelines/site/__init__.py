@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import claims, files, paths, scoreboard
+from common import files, params, paths, scoreboard
 from common.scoreboard import Board, Entry
 from pipelines.site.plot import interval_plot
 
@@ -92,7 +92,7 @@ def _paper(entry: Entry) -> dict[str, Any]:
     stories = []
     for claim in entry.claims:
         row = entry.headline(claim.id)
-        others = [entry.at(claim.id, profile) for profile in claims.PROFILES if profile != row.profile]
+        others = [entry.at(claim.id, profile) for profile in params.PROFILES if profile != row.profile]
         stories.append({"claim": claim, "row": row, "others": others, "plot": interval_plot(claim, row)})
     return {
         "paper": entry.paper,

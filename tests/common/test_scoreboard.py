@@ -12,7 +12,8 @@ import toy_house
 from rich.console import Console
 
 from common import provenance, scoreboard
-from common.claims import PROFILES, ClaimError
+from common.claims import ClaimError
+from common.params import PROFILES
 
 house = toy_house.house
 NO_PROCESS = 2**22 + 1  # above the kernel's largest process id

@@ -63,9 +63,9 @@ def test_diff_against_a_commit(house, capsys):
     ("settings", "told"),
     [
         ("papers: [toyy]\nprofile: smoke\n", "did you mean 'toy'"),
-        ("papers: []\nprofile: smoke\n", "expected a list of paper folders"),
+        ("profile: smoke\n", "a list `papers:`"),
         ("papers: [toy]\nprofile: smok\n", "did you mean 'smoke'"),
-        ("papers: [toy\n", "cannot be read"),
+        ("papers: [toy\n", "not valid YAML"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(house, capsys, settings, told):
