@@ -181,11 +181,7 @@ def bench(
 def data_list(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="show all about this one")] = "",
 ) -> None:
-    """Show the registered data sets: size, licence, whether they are here; of one also source, citation and hashes."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+    """Show the data sets that are known and which are here; of one also licence, source, citation and hashes."""
     from common import data
     from pipelines.info import is_here
 
@@ -193,15 +189,9 @@ def data_list(
         print(data.describe(name))
         print("\n".join(f"  {file.sha256}  {file.path}" for file in data.registry()[name].files))
         return
-    table = Table(show_edge=False)
-    for title in ("name", "MB", "here"):
-        table.add_column(title, no_wrap=True)
-    for title in ("licence", "what"):
-        table.add_column(title, no_wrap=True, overflow="ellipsis")
     for known, entry in data.registry().items():
-        here = {True: "yes", False: "no"}.get(is_here(known), "damaged")
-        table.add_row(known, f"{entry.bytes / 1e6:.1f}", here, escape(entry.licence), escape(entry.title))
-    Console().print(table)
+        here = {True: "here", False: "-"}.get(is_here(known), "damaged")
+        print(f"{known:<24} {entry.bytes / 1e6:6.1f} MB  {here:<7}  {entry.title}")
 
 
 @data_app.command("fetch")
