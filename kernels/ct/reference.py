@@ -50,7 +50,9 @@ def _taps(geometry: ParallelBeam | FanBeam, view: int, like: Tensor) -> tuple[Te
     device = "cpu" if like.device.type == "mps" else like.device  # MPS has no float64
     nx, ny, p = (x[:, None].to(device) for x in geometry.lines(view))  # [K, 1]
     line = torch.arange(max(height, width), device=device)  # [L]
-    by_rows = nx.abs() >= ny.abs()  # the ray meets every row once; otherwise every column
+    # the ray meets every row once; otherwise every column. A ray at 45° counts as the former whatever the last bit of
+    # its sine says: the same rule, with the same slack, is in geometry.cpp
+    by_rows = nx.abs() >= ny.abs() * (1 - 1e-12)
 
     # where the ray meets row `line` (as a column) or column `line` (as a row), in pixels, from X nx + Y ny = p
     y, x = ((height - 1) / 2 - line) * d, (line - (width - 1) / 2) * d
