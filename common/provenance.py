@@ -115,13 +115,14 @@ def git() -> dict[str, Any]:
 
 
 def kernel_info() -> dict[str, Any]:
-    """What `kernels.info()` says, or why it cannot."""
+    """What `kernels.info()` says, apart from where files lie, or why it cannot say it."""
     try:
         import kernels
 
-        return dict(kernels.info())
+        info = dict(kernels.info())
     except Exception as error:  # a missing or stale build must not stop a run that may not need it
         return {"stamp": "", "unavailable": str(error).splitlines()[0] if str(error) else type(error).__name__}
+    return {name: value for name, value in info.items() if not (isinstance(value, str) and os.path.isabs(value))}
 
 
 def environment() -> dict[str, Any]:

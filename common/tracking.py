@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -166,9 +167,8 @@ class Run:
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._client = None
-        reason = _shown((str(error).strip() or type(error).__name__).splitlines()[0])
         print(
-            f"resparse: MLflow did not get {what} (at {_shown(_uri_or_empty())}: {reason[:200]}); the run goes on and "
+            f"resparse: MLflow did not get {what} (at {_shown(_uri_or_empty())}: {reason(error)}); the run goes on and "
             f"its results are written. To log them later: python -m pipelines.run {self.slug} --profile {self.profile} "
             "--relog",
             file=sys.stderr,
@@ -189,6 +189,11 @@ def log_folder(slug: str, profile: str, folder: Path, tags: Mapping[str, str]) -
     return f"resparse: tracked, see {run.link}" if run.id else "resparse: not tracked"
 
 
+def reason(error: Exception) -> str:
+    """The first line of what MLflow or the way to it says, without passwords."""
+    return _shown((str(error).strip() or type(error).__name__).splitlines()[0])[:200]
+
+
 def clean(name: str) -> str:
     """`name` with the characters that MLflow refuses in metric names replaced: `psnr@(18)` -> `psnr_at_18`."""
     words = name.replace("@", "_at_").replace("%", "_percent").replace("[", "/").replace("]", "")
@@ -203,6 +208,7 @@ def _client() -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # we say ourselves that a server is down
     return MlflowClient(tracking_uri=uri())
 
 

@@ -19,8 +19,7 @@ def main() -> int:
         print(f"resparse: {error}", file=sys.stderr)
         return 1
     except Exception as error:  # whatever the store or the way to it throws
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"resparse: no tracking store ({reason[:200]}); runs go on without it", file=sys.stderr)
+        print(f"resparse: no tracking store ({tracking.reason(error)}); runs go on without it", file=sys.stderr)
     return 0
 
 

@@ -78,10 +78,10 @@ def test_a_run_leaves_record_notebook_and_page(execute) -> None:
 )
 def test_a_run_that_fails_says_where_and_why(execute, fault: str, said: str) -> None:
     with pytest.raises(runner.RunFailed, match=said) as caught:
-        execute(fault=fault)
+        execute(fault=fault, seeds=[])
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
     assert not (execute.folder / "metrics.json").exists()
-    assert len((execute.folder / "record.jsonl").read_text().splitlines()) >= 4, "what was measured is still there"
+    assert '"metric": "begun"' in (execute.folder / "record.jsonl").read_text(), "what was measured is still there"
     assert (execute.folder / "notebook.ipynb").exists() and (execute.folder / "notebook.html").exists()
 
 
@@ -97,7 +97,7 @@ def test_an_interrupted_driver_leaves_no_process_behind(execute) -> None:
             raise Enough
 
     with pytest.raises(Enough):
-        execute(tick=tick, fault="hang")
+        execute(tick=tick, fault="hang", seeds=[])
     assert len(family) >= 2, "the notebook's process and its kernel"
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 

@@ -1,7 +1,7 @@
 """A complete small house with one paper that really runs, in a temporary folder; nothing of it lies under papers/.
 
 The code is the repository's own, through links; papers, parameters and results are the house's. `fault` makes the paper
-misbehave in the ways a real one might.
+misbehave in the ways a real one might; with no seeds it needs neither torch nor time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ fault = None
 
 # %%
 import ctypes, os, signal, time
-import matplotlib.pyplot as plt
 from common import params as parameters
 from common.record import Record
 from papers.toy.method import double
@@ -62,6 +61,7 @@ given = {"seeds": seeds, "dataset": dataset, "rate": rate, "fault": fault}
 params = parameters.load(Params, "toy", profile, given)
 record = Record.open("toy", profile, params)
 record.data("made", sha256="0" * 64)
+record.metric("begun", 1)
 
 # %% [markdown]
 # ## Doubling
@@ -92,6 +92,8 @@ if params.fault == "hang":
 
 # %%
 if params.fault != "silent":
+    import matplotlib.pyplot as plt
+
     record.metric("factor", 2)
     figure, axes = plt.subplots()
     axes.plot([0, 1], [0, 2])
@@ -110,7 +112,7 @@ PAPER = "{title: A toy paper, authors: Nobody, summary: It doubles., year: 2026}
 SITE = """
 import sys
 
-sys.meta_path[:] = [finder for finder in sys.meta_path if "Redirect" not in type(finder).__name__]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
 """
 
 
