@@ -187,19 +187,29 @@ def diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     return [Change(*key, old.get(key, ""), new.get(key, "")) for key in keys if old.get(key) != new.get(key)]
 
 
+def grouped(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Claim ids by what is told of them: one missing run is one message, not one for each of its claims."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.paper} at {row.profile}: {row.reason}", []).append(row.id)
+    return groups
+
+
 def print_table(board: Board, console: Console | None = None) -> None:
-    """Print one line a claim, errors and refusals with their reasons below."""
+    """Print one line a claim that was tested, the others in one sentence, then errors and refusals with reasons."""
     from rich.console import Console
     from rich.markup import escape
 
     console = console or Console()
     for entry in board.entries:
         console.print(_table(entry))
+        for profile, names in _untested(entry).items():
+            console.print(f"[dim]not tested, needs a run at {profile}:[/] {', '.join(names)}")
         told = ", ".join(f"{number} {verdict}" for verdict, number in counts(entry.headlines).items() if number)
         restored = "; * restored: measured elsewhere, came with git or DVC's cache" if entry.restored else ""
         console.print(f"[dim]{told}{restored}[/]\n")
-    for row in board.errors:
-        console.print(f"[bold red]error[/] {row.paper} {row.id} at {row.profile}: {escape(row.reason)}")
+    for where, names in grouped(board.errors).items():
+        console.print(f"[bold red]error[/] {escape(where)} ({', '.join(names)})")
     for slug, reason in board.refused.items():
         console.print(f"[yellow]refused[/] {slug}: {escape(reason)}")
 
@@ -210,20 +220,36 @@ def _table(entry: Entry) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=escape(entry.paper.title), title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False
+        title=escape(entry.paper.title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
     )
-    table.add_column("claim", overflow="fold", min_width=14)
-    for name in ("expected", "measured, 95 %"):
+    table.add_column("claim", overflow="fold")
+    for name in ("expected", "measured"):
         table.add_column(name, overflow="fold")
     table.add_column("seeds", justify="right", no_wrap=True)
     for name in ("profile", "verdict"):
         table.add_column(name, no_wrap=True)
     for row in entry.headlines:
+        if row.verdict == NOT_TESTED:
+            continue
         mark = "*" if row.profile in entry.restored and row.measured is not None else ""
         verdict = f"[{_COLORS[row.verdict]}]{SIGNS[row.verdict]} {row.verdict}[/]"
         seeds = str(row.seeds or "–")
         table.add_row(row.id, escape(row.expect), measured(row), seeds, row.profile + mark, verdict)
     return table
+
+
+def _untested(entry: Entry) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in entry.headlines:
+        if row.verdict == NOT_TESTED:
+            found.setdefault(row.profile, []).append(row.id)
+    return found
 
 
 def _entry(about: paper.Paper, found: Sequence[Claim], due: str) -> Entry:

@@ -114,8 +114,8 @@ def _total(board: Board) -> dict[str, int]:
 
 
 def _print_faults(board: Board) -> None:
-    for row in board.errors:
-        print(f"error: {row.paper} {row.id} at {row.profile}: {row.reason}", file=sys.stderr)
+    for where, names in scoreboard.grouped(board.errors).items():
+        print(f"error: {where} ({', '.join(names)})", file=sys.stderr)
     for slug, reason in board.refused.items():
         print(f"refused: {slug} is {reason}", file=sys.stderr)
 

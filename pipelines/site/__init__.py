@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import files, params, paths, scoreboard
+from common.claims import NOT_TESTED
 from common.scoreboard import Board, Entry
 from pipelines.site.plot import interval_plot
 
@@ -83,7 +84,7 @@ def _index(board: Board) -> dict[str, Any]:
         "cards": cards,
         "total": total,
         "refused": board.refused,
-        "errors": board.errors,
+        "errors": scoreboard.grouped(board.errors),
         "tables": [*_tables(paths.results() / "bench.json"), *_gpu_tables()],
     }
 
@@ -96,7 +97,8 @@ def _paper(entry: Entry) -> dict[str, Any]:
         stories.append({"claim": claim, "row": row, "others": others, "plot": interval_plot(claim, row)})
     return {
         "paper": entry.paper,
-        "stories": stories,
+        "tested": [story for story in stories if story["row"].verdict != NOT_TESTED],
+        "untested": [story for story in stories if story["row"].verdict == NOT_TESTED],
         "counts": scoreboard.counts(entry.headlines),
         "figures": _figures(entry),
         "runs": [_run(entry, profile, origin) for profile, origin in entry.provenance.items()],
