@@ -183,15 +183,14 @@ def data_list(
 ) -> None:
     """Show the data sets that are known and which are here; of one also licence, source, citation and hashes."""
     from common import data
-    from pipelines.info import is_here
+    from pipelines.info import presence
 
     if name:
         print(data.describe(name))
         print("\n".join(f"  {file.sha256}  {file.path}" for file in data.registry()[name].files))
         return
     for known, entry in data.registry().items():
-        here = {True: "here", False: "-"}.get(is_here(known), "damaged")
-        print(f"{known:<24} {entry.bytes / 1e6:6.1f} MB  {here:<7}  {entry.title}")
+        print(f"{known:<24} {entry.bytes / 1e6:6.1f} MB  {presence(known):<7}  {entry.title}")
 
 
 @data_app.command("fetch")

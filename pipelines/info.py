@@ -72,20 +72,20 @@ def _kernels() -> Iterator[tuple[str, str]]:
 def _data() -> Iterator[tuple[str, str]]:
     from common import data
 
-    here = [name for name in data.registry() if is_here(name) is True]
+    here = [name for name in data.registry() if presence(name) == "here"]
     yield "data", f"{len(here)} of {len(data.registry())} sets are here: {', '.join(here) or 'none'}"
     mirrors = os.pathsep.join(str(folder) for folder in data.mirror_folders())
     yield "", f"cache {data.cache_folder()}, mirrors {mirrors or 'none (RESPARSE_DATA_MIRROR)'}"
 
 
-def is_here(name: str) -> bool | str:
-    """Whether the data set lies on this machine; the fault as text if it does but is damaged."""
+def presence(name: str) -> str:
+    """`here` if the data set lies on this machine, `damaged` if it does but a file is wrong, else `-`."""
     from common import data
 
     try:
-        return data.locate(name) is not None
-    except data.DataError as error:
-        return str(error)
+        return "here" if data.locate(name) else "-"
+    except data.DataError:
+        return "damaged"
 
 
 def _tracking() -> str:

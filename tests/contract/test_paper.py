@@ -167,12 +167,14 @@ def clean_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # the promise is 60 s on two free cores; a busy machine gets more
 def test_the_notebook_runs_at_smoke_and_answers_its_claims(slug: str, clean_house: Path, capsys: Any) -> None:
-    began = time.perf_counter()
+    began, doing = time.perf_counter(), ["starting"]
     values = params.resolved(params.load(settings(slug), slug, "smoke"))
     runner.check(slug)
-    runner.execute_notebook(slug, "smoke", values, clean_house / "run")
-    with capsys.disabled():
-        print(f" {slug} at smoke: {time.perf_counter() - began:.0f} s ", end="")
+    try:
+        runner.execute_notebook(slug, "smoke", values, clean_house / "run", tick=lambda _, what: doing.append(what))
+    finally:
+        with capsys.disabled():
+            print(f" {slug} at smoke: {time.perf_counter() - began:.0f} s, last seen in {doing[-1]} ", end="")
 
     content, origin = (json.loads((clean_house / "run" / f"{n}.json").read_text()) for n in ("metrics", "provenance"))
     assert (content["paper"], content["profile"], content["params"]) == (slug, "smoke", values)
