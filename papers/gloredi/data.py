@@ -226,7 +226,7 @@ class TripleSet:
         full = self.simulator.full_views
         return [*sorted({n for v in views for n in (v, min(self.factor * v, full))}), full]
 
-    def _simulate(self, images: Tensor, views: Iterable[int], chunk: int = 16) -> dict[int, Tensor]:
+    def _simulate(self, images: Tensor, views: Iterable[int], chunk: int = 32) -> dict[int, Tensor]:
         parts = [
             self.simulator.images(part[:, None], self._several(views), self.generator) for part in images.split(chunk)
         ]

@@ -99,7 +99,7 @@ params
 # the FBP image of all views, and all numbers of attenuation are in 1/cm, where tissue and bone lie between 0 and 1.
 
 # %%
-test = data.TripleSet(params, "test", seed=1)
+test = record.cell("test-images", lambda: data.TripleSet(params, "test", seed=1))
 main = params.main_views if params.main_views in params.views else params.views[-1]
 everything = list(range(len(test)))
 triples = {v: test.batch(everything, v) for v in params.views}
@@ -272,7 +272,7 @@ for name, chosen in method.VARIANTS.items():
 
 # %%
 jobs = [(v, arm) for v in params.views for arm in (params.arms if v == main else params.main_arms)]
-training = data.TripleSet(params, "train")
+training = record.cell("training-images", lambda: data.TripleSet(params, "train"))
 print(f"{len(training)} training images; {len(jobs)} arms x {len(params.seeds)} seeds")
 
 # %%
