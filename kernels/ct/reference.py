@@ -49,7 +49,7 @@ def _taps(geometry: ParallelBeam | FanBeam, view: int, like: Tensor) -> tuple[Te
     (height, width), d = geometry.shape, geometry.pixel
     device = "cpu" if like.device.type == "mps" else like.device  # MPS has no float64
     nx, ny, p = (x[:, None].to(device) for x in geometry.lines(view))  # [K, 1]
-    line = torch.arange(max(height, width), device=device)  # [L]
+    line = torch.arange(max(height, width), dtype=torch.float64, device=device)  # [L]
     # the ray meets every row once; otherwise every column. A ray at 45° counts as the former whatever the last bit of
     # its sine says: the same rule, with the same slack, is in geometry.cpp
     by_rows = nx.abs() >= ny.abs() * (1 - 1e-12)
@@ -63,7 +63,7 @@ def _taps(geometry: ParallelBeam | FanBeam, view: int, like: Tensor) -> tuple[Te
 
     near = hit.floor() + torch.arange(2, device=device)  # [K, L, 2]
     weight = (1 - (hit - near).abs()) * step
-    by_rows, line = by_rows[..., None], line[:, None]
+    by_rows, line = by_rows[..., None], line.long()[:, None]
     inside = (near >= 0) & (near < torch.where(by_rows, width, height)) & (line < torch.where(by_rows, height, width))
     near = torch.where(inside, near, 0).long()
     pixel = torch.where(by_rows, line * width + near, near * width + line)
