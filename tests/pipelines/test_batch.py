@@ -258,7 +258,7 @@ def test_stopping_the_batch_stops_its_kernels(tmp_path: Path, number: signal.Sig
         assert not list(home.glob("runs/*")) and not (home / "jobs").exists()
 
 
-def _wait_for(condition: Any, seconds: float = 90) -> None:
+def _wait_for(condition: Any, seconds: float = 180) -> None:
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline, "it never came to that"
