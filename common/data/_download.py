@@ -122,7 +122,7 @@ def _receive(file: DataFile, part: Path, have: int, advance: Advance) -> None:
     if have:
         headers["Range"] = f"bytes={have}-"
     with urllib.request.urlopen(urllib.request.Request(file.url, headers=headers), timeout=TIMEOUT_S) as reply:
-        continues = have and reply.status == 206 and f"bytes {have}-" in reply.headers.get("Content-Range", "")
+        continues = have and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if have and not continues:
             advance(-have)
             have = 0

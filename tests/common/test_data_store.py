@@ -22,7 +22,7 @@ CONTENT = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT with ranges; `faults` are taken one a request: an HTTP status, "truncate", "wrong", "long"."""
+    """Serves CONTENT with ranges. `faults` are taken one a request: a status, "truncate", "wrong", "long", "other range"."""
 
     daemon_threads = True
 
@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
             body = body + b"more"
         start = 0
         if wanted and self.server.ranges:
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            start = 0 if fault == "other range" else int(wanted.removeprefix("bytes=").rstrip("-"))
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         else:
@@ -127,6 +127,12 @@ def test_a_server_without_ranges_starts_again(server, entry):
     server.ranges = False
     server.faults = ["truncate"]
     assert_complete(data.fetch("toy", progress=False))
+
+
+def test_a_server_that_sends_another_range_starts_again(server, entry):
+    server.faults = ["truncate", "other range"]
+    assert_complete(data.fetch("toy", progress=False))
+    assert [path for path, _ in server.requests].count("/a.bin") == 2  # the whole file came with the second reply
 
 
 def test_server_errors_are_tried_again_and_refusals_are_not(server, entry):
@@ -258,7 +264,14 @@ def test_a_mirror_is_hashed_once_and_sized_each_time(entry, monkeypatch, tmp_pat
     data.path("toy")
     data.path("toy")
     assert sorted(hashed) == ["a.bin", "b.txt"]
-    os.utime(mirror / "toy" / "a.bin", ns=(1, 1))  # touched: looked at again
+    big = mirror / "toy" / "a.bin"
+    status = big.stat()
+    big.write_bytes(CONTENT["a.bin"][:-1])
+    os.utime(big, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(data.ChecksumError, match="299999 bytes"):  # the remembered time alone is not trusted
+        data.path("toy")
+    big.write_bytes(CONTENT["a.bin"])
+    os.utime(big, ns=(1, 1))  # touched: looked at again
     data.path("toy")
     assert sorted(hashed) == ["a.bin", "a.bin", "b.txt"]
 
