@@ -22,7 +22,7 @@ CONTENT = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT with ranges. `faults` are taken one a request: a status, "truncate", "wrong", "long", "other range"."""
+    """Serves CONTENT with ranges; `faults`, one a request: a status, "truncate", "wrong", "long", "other range"."""
 
     daemon_threads = True
 
