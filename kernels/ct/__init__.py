@@ -95,25 +95,6 @@ def _geometry(angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequenc
     return cls(angles.tolist(), cells, (shape[0], shape[1]), **scan)
 
 
-# The ops know the geometry as plain values, so that torch can trace, store and compare them: angles [V] float64 on the
-# CPU, and the lengths in mm in the order of `lengths_mm`, four for a parallel beam and six for a fan.
-
-
-@torch.library.custom_op("resparse::ct_project", mutates_args=())
-def _project(image: Tensor, angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]) -> Tensor:
-    """image [B, H, W] -> sinogram [B, V, K]"""
-    return _run("project", image, image.new_empty(len(image), len(angles), cells), angles, cells, shape, lengths)
-
-
-@torch.library.custom_op("resparse::ct_backproject", mutates_args=())
-def _backproject(
-    sinogram: Tensor, angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]
-) -> Tensor:
-    """sinogram [B, V, K] -> image [B, H, W]"""
-    out = sinogram.new_empty(len(sinogram), *shape)
-    return _run("backproject", sinogram, out, angles, cells, shape, lengths)
-
-
 def _run(
     name: str,
     data: Tensor,
@@ -141,13 +122,19 @@ def _run(
     return out
 
 
-@_project.register_fake
-def _(image: Tensor, angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]) -> Tensor:
+def _project_kernel(image: Tensor, angles: Tensor, cells: int, *scan: Any) -> Tensor:
+    return _run("project", image, image.new_empty(len(image), len(angles), cells), angles, cells, *scan)
+
+
+def _backproject_kernel(sinogram: Tensor, angles: Tensor, cells: int, shape: Sequence[int], *scan: Any) -> Tensor:
+    return _run("backproject", sinogram, sinogram.new_empty(len(sinogram), *shape), angles, cells, shape, *scan)
+
+
+def _project_fake(image: Tensor, angles: Tensor, cells: int, *_: Any) -> Tensor:
     return image.new_empty(image.shape[0], angles.shape[0], cells)
 
 
-@_backproject.register_fake
-def _(sinogram: Tensor, angles: Tensor, cells: int, shape: Sequence[int], lengths: Sequence[float]) -> Tensor:
+def _backproject_fake(sinogram: Tensor, angles: Tensor, cells: int, shape: Sequence[int], _: Any) -> Tensor:
     return sinogram.new_empty(sinogram.shape[0], *shape)
 
 
@@ -156,14 +143,9 @@ def _keep_geometry(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(angles)
 
 
-_project.register_autograd(
-    lambda ctx, grad: (_backproject(grad, *ctx.saved_tensors, *ctx.scan), None, None, None, None),
-    setup_context=_keep_geometry,
-)
-_backproject.register_autograd(
-    lambda ctx, grad: (_project(grad, *ctx.saved_tensors, *ctx.scan), None, None, None, None),
-    setup_context=_keep_geometry,
-)
+def _gradient(adjoint: Any) -> Any:
+    """The backward of a linear op: its adjoint, which is an op with a gradient of its own."""
+    return lambda ctx, grad: (adjoint(grad, *ctx.saved_tensors, *ctx.scan), None, None, None, None)
 
 
 def _vmap(op: Any) -> Any:
@@ -172,11 +154,25 @@ def _vmap(op: Any) -> Any:
     def rule(info: Any, in_dims: tuple, data: Tensor, angles: Tensor, *scan: Any) -> tuple[Tensor, int]:
         assert in_dims[1] is None, "angles come from a geometry, which is no tensor to map over"
         data = data.movedim(in_dims[0], 0)  # [N, B, ., .]
-        out = op(data.flatten(0, 1), angles, *scan)
-        return out.unflatten(0, data.shape[:2]), 0
+        return op(data.flatten(0, 1), angles, *scan).unflatten(0, data.shape[:2]), 0
 
     return rule
 
 
-_project.register_vmap(_vmap(_project))
-_backproject.register_vmap(_vmap(_backproject))
+# The ops know the geometry as plain values, so that torch can trace, store and compare them: angles [V] float64 on the
+# CPU, and the lengths in mm in the order of `lengths_mm`, four for a parallel beam and six for a fan. They are defined
+# piece by piece because `torch.library.custom_op` imports the compiler on the first call, which takes seconds.
+_library = torch.library.Library("resparse", "FRAGMENT")
+_ARGUMENTS = "Tensor angles, SymInt cells, SymInt[] shape, float[] lengths"
+_library.define(f"ct_project(Tensor image, {_ARGUMENTS}) -> Tensor")
+_library.define(f"ct_backproject(Tensor sinogram, {_ARGUMENTS}) -> Tensor")
+_project = torch.ops.resparse.ct_project.default
+_backproject = torch.ops.resparse.ct_backproject.default
+for _op, _adjoint, _kernel, _fake in (
+    (_project, _backproject, _project_kernel, _project_fake),
+    (_backproject, _project, _backproject_kernel, _backproject_fake),
+):
+    _library.impl(_op, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(_op, _fake, lib=_library)
+    torch.library.register_autograd(_op, _gradient(_adjoint), setup_context=_keep_geometry, lib=_library)
+    torch.library.register_vmap(_op, _vmap(_op), lib=_library)

@@ -33,6 +33,7 @@ except ModuleNotFoundError:  # the module can still be imported and read; `kerne
 __all__ = ["backproject", "project"]
 
 BLOCK = 128  # neighbouring cells or pixels of a program: four warps, each reading whole cache lines
+SLACK = 1.0001  # on the reach of a fan's pixel, which is found in float32: more cells are looked at, not less
 MOST_IMAGES = 8  # of a batch, that share positions and weights in one program; more would not fit the registers
 
 
@@ -107,7 +108,7 @@ def cells_in_reach(lengths: Sequence[float], height: int, width: int, cells: int
     if depth <= 1.01:  # a pixel close to the source can be within reach of any ray
         return cells
     reach = (source + detector) * math.hypot(lateral, depth) / (depth * (depth - 1)) * pixel / pitch
-    return min(cells, math.ceil(2 * reach))
+    return min(cells, math.ceil(2 * reach * SLACK))
 
 
 def _scan(angles: Tensor, lengths: Sequence[float], height: int, width: int, cells: int) -> Tensor:
@@ -174,7 +175,7 @@ def _project_kernel(
         norm = 1 + 0 * u
 
     # on line l (an image row, or a column where b dominates) the ray is at pixel start + l * slope
-    by_rows = tl.abs(a) >= tl.abs(b)
+    by_rows = tl.abs(a) >= tl.abs(b) * (1 - 1e-12)  # as in the reference
     major, minor = tl.where(by_rows, a, b), tl.where(by_rows, b, a)
     middle_line, middle_across = tl.where(by_rows, middle_y, middle_x), tl.where(by_rows, middle_x, middle_y)
     start = (tl.where(by_rows, p, -p) - middle_line * minor) / major + middle_across
@@ -227,7 +228,7 @@ def _backproject_kernel(
     image = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
 
     source, span, pitch, offset = tl.load(scan), tl.load(scan + 1), tl.load(scan + 2), tl.load(scan + 3)
-    axis, middle_cell = tl.load(scan + 4), tl.load(scan + 7)
+    axis, middle_cell, cells_per_pixel = tl.load(scan + 4), tl.load(scan + 7), 1 / pitch
     x, y = column - tl.load(scan + 5), tl.load(scan + 6) - row
     live = (image < batch)[:, None] & (column < width)[None, :]
     rays = sinogram + (image.to(tl.int64) * views)[:, None] * cells
@@ -241,12 +242,13 @@ def _backproject_kernel(
             depth = source - (x * sine - y * cosine)
             u = p * span / depth
             most = tl.maximum(tl.abs(span * cosine + u * sine), tl.abs(span * sine - u * cosine))
-            reach = tl.where(depth > 1.01, most / (depth - 1), 1e9 * pitch)
+            reach = most.to(tl.float32) / (depth - 1).to(tl.float32)
+            reach = tl.where(depth > 1.01, reach, float("inf")) * 1.00005  # half of SLACK
         else:
             depth = 1 + 0 * p
             u = p
             reach = tl.maximum(tl.abs(cosine), tl.abs(sine)) + 0 * p
-        first = tl.floor((u - reach - offset) / pitch + middle_cell) + 1
+        first = tl.floor((u - reach - offset) * cells_per_pixel + middle_cell) + 1
         first = tl.minimum(tl.maximum(first, 0.0), cells * 1.0).to(tl.int32)
         for n in range(REACH):
             cell = first + n
