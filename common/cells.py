@@ -30,7 +30,7 @@ class Store:
         stored = _load(path, key)
         if stored and stored["code"] == code:
             tell(f"{key}: restored")
-            print(f"resparse: {key}: restored from {paths.relative(path)}", file=sys.stderr)
+            print(f"resparse: {key}: restored from {paths.relative(path)}")
             return stored["result"], stored["seconds"], True
         tell(key)
         began = time.perf_counter()

@@ -293,9 +293,9 @@ class Progress(Iterable[T]):
 
         self._record = record
         # a driven notebook keeps each refresh in its output, so there the bar moves less often
-        self._bar = tqdm(
-            iterable, desc=desc, total=total, ascii=True, mininterval=0.5 if record.interactive else 10.0, leave=True
-        )
+        interval = 0.5 if record.interactive else 10.0
+        # on standard output, because notebooks show the other one as an alarm
+        self._bar = tqdm(iterable, desc=desc, total=total, ascii=True, mininterval=interval, file=sys.stdout)
 
     def __iter__(self) -> Iterator[T]:
         try:

@@ -316,7 +316,7 @@ def test_progress_beats_the_heart_and_shows_its_numbers(record: Record, monkeypa
     for _ in bar:
         bar.set_postfix(loss=torch.tensor(0.12345))
     beat = json.loads((record.folder / "progress.json").read_text())
-    assert beat["message"].startswith("training: 1/3") and "loss=0.1235" in capsys.readouterr().err
+    assert beat["message"].startswith("training: 1/3") and "loss=0.1235" in capsys.readouterr().out
 
 
 def test_by_hand_it_writes_to_scratch_and_shows_verdicts(house: Path, monkeypatch, capsys) -> None:

@@ -55,7 +55,7 @@ def tracked(root: Path) -> dict[str, tuple[str, dict[str, str]]]:
     return {run: (status, tags[run]) for run, status in runs if "mlflow.parentRunId" not in tags[run]}
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
     end = time.time() + seconds
     while time.time() < end:
         if found := condition():
@@ -141,7 +141,7 @@ def test_stopped_and_killed_drivers_beginning_at_once_on_a_fresh_store(tmp_path:
         killed.kill()
         said = stopped.communicate(timeout=60)[0]
         killed.communicate(timeout=60)
-        wait_for(lambda: not any(child.is_running() for family in families for child in family), "the kernels' end", 30)
+        wait_for(lambda: not any(child.is_running() for family in families for child in family), "the kernels' end")
     finally:
         for process in (stopped, killed):
             process.kill()
