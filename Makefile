@@ -46,6 +46,7 @@ lab: setup ## open JupyterLab at the papers
 	@jupyter lab papers
 
 ui: setup ## open the MLflow dashboard
+	@echo "resparse: http://127.0.0.1:5000; choose 'Model training' inside an experiment to see its runs"
 	@mlflow ui --backend-store-uri "$$(python -c "from common import tracking; print(tracking.uri())")"
 
 bench: setup-peers ## time the kernels against the peers, write results/bench.json
