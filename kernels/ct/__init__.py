@@ -5,9 +5,10 @@
     sinogram = project(image, scan)                  # [..., 128, 128] -> [..., 72, 336]
 
 The discretisation is Joseph's; `reference.py` is the specification. Both functions are linear and differentiable any
-number of times (the derivative of one is the other); they work under torch.compile and torch.vmap. They run in float32
-on the CPU (C++) and on CUDA (Triton), in float64 through the reference; KERNELS_BACKEND=reference|cpu|triton forces
-one. The same call gives the same bits again (the reference on a GPU excepted).
+number of times (the derivative of one is the other); they work under torch.compile and torch.vmap, though not under
+torch.func.grad, which takes no torch.library ops. They run in float32 on the CPU (C++) and on CUDA (Triton), in float64
+through the reference; KERNELS_BACKEND=reference|cpu|triton forces one. The same call gives the same bits again (the
+reference on a GPU excepted).
 """
 
 from __future__ import annotations
