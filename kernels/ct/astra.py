@@ -21,6 +21,7 @@ __all__ = ["from_astra", "to_astra"]
 def from_astra(proj_geom: Mapping[str, Any], vol_geom: Mapping[str, Any]) -> ParallelBeam | FanBeam:
     """The scan that ASTRA describes by a 'parallel' or 'fanflat' projection and a 2-D volume geometry.
 
+    Returns a ParallelBeam or a FanBeam, equal in every length and angle.
     Raises ValueError for another type of projection ('parallel_vec', 'cone', ...), a 3-D volume, pixels that are not
     square or an image whose middle is not at the rotation axis; KeyError for an entry that is missing.
     """
@@ -46,7 +47,8 @@ def from_astra(proj_geom: Mapping[str, Any], vol_geom: Mapping[str, Any]) -> Par
 def to_astra(geometry: ParallelBeam | FanBeam) -> tuple[dict[str, Any], dict[str, Any]]:
     """(proj_geom, vol_geom) as ASTRA's create_proj_geom and create_vol_geom return them.
 
-    'parallel' or 'fanflat'; with an offset or axis that is not 0 the vector form, 'parallel_vec' or 'fanflat_vec'.
+    Returns a 'parallel' or 'fanflat' projection; with an offset or axis that is not 0 the vector form, 'parallel_vec'
+    or 'fanflat_vec'. Raises nothing: every scan has such a form.
     """
     height, width = geometry.shape
     half_x, half_y = width * geometry.pixel / 2, height * geometry.pixel / 2
