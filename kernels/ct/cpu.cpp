@@ -22,8 +22,14 @@ namespace kernels::ct {
 namespace {
 
 const TileOps& current_ops() {
-    current_isa();
-    return portable_tile_ops();
+    switch (current_isa()) {
+#if defined(KERNELS_X86)
+    case Isa::avx2: return avx2_tile_ops();
+    case Isa::avx512: return avx512_tile_ops();
+#endif
+    case Isa::emulated512: return emulated512_tile_ops();
+    default: return portable_tile_ops();
+    }
 }
 
 void call_project(const TileOps& ops, const ParallelSheet& sheet, const ProjectTask& task) {
@@ -158,7 +164,7 @@ template <class SheetT>
 void project_pass(const TileOps& ops, const Pass<SheetT>& pass, const float* image, int64_t batch, const Shape& shape,
                   int64_t views, float* sinogram, int threads) {
     const int64_t padding = padding_of(pass), together = images_together(pass, batch);
-    const ptrdiff_t stride = round_up(pass.width + 2 * padding, 16) + 16; // an odd number of cache lines spreads sets
+    const ptrdiff_t stride = round_up(pass.width + 2 * padding, 16) + 16; // an odd number of cache lines
     const int64_t tile_floats = stride * kTileLines;
     std::vector<std::vector<float>> tiles(static_cast<size_t>(threads));
     for (auto& buffer : tiles) buffer.assign(static_cast<size_t>(4 * together * tile_floats), 0.0f);
@@ -231,7 +237,8 @@ void store_tile(const float* sums, int per_position, ptrdiff_t sum_stride, Plane
 template <class SheetT>
 void backproject_pass(const TileOps& ops, const Pass<SheetT>& pass, const float* sinogram, int64_t batch, const Shape& shape,
                       int64_t views, double pixel, float* image, float* transposed, int threads) {
-    const ptrdiff_t sum_stride = round_up(pass.width, kChunkAlign);
+    // an odd number of cache lines from line to line: at a power of two all lines would share one cache set
+    const ptrdiff_t sum_stride = round_up(pass.width, 16) + 8;
     const int64_t sum_floats = sum_stride * ops.sums_per_position * kTileLines;
     const int64_t pixels = shape.height * shape.width;
     const int64_t tiles = (pass.lines + kTileLines - 1) / kTileLines;

@@ -35,7 +35,7 @@ struct BackprojectTask {
     float* sums[kMaxMembers];
     const float* rows[kMaxMembers];
     bool reversed[kMaxMembers];
-    ptrdiff_t sum_stride;                // positions from line to line, a multiple of kChunkAlign
+    ptrdiff_t sum_stride;                // positions from line to line, at least width rounded up to kChunkAlign
     int sums_per_position;               // see TileOps
     int64_t line;
     int64_t lines;

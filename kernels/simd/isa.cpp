@@ -36,6 +36,8 @@ bool has_avx512() {
 #endif
 
 Isa widest() {
+    for (Isa isa : {Isa::avx512, Isa::avx2})
+        if (host_runs(isa)) return isa;
     return Isa::portable;
 }
 
@@ -52,9 +54,9 @@ const char* name(Isa isa) {
 
 std::vector<Isa> compiled_isas() {
 #if defined(KERNELS_X86)
-    return {Isa::portable};
+    return {Isa::portable, Isa::avx2, Isa::avx512, Isa::emulated512};
 #else
-    return {Isa::portable};
+    return {Isa::portable, Isa::emulated512};
 #endif
 }
 

@@ -1,0 +1,53 @@
+// Eight lanes over AVX2 + FMA. A thin table: one intrinsic a line wherever there is one. See lanes_emulated.h for what
+// each operation means; tests compare the two. Include only in files compiled with -mavx2 -mfma.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace kernels::simd {
+namespace { // one copy for each translation unit: code for this instruction set must not leak to others at link time
+
+struct Avx2 {
+    static constexpr int N = 8;
+    using F = __m256;
+    using I = __m256i;
+
+    static F zero() { return _mm256_setzero_ps(); }
+    static F set(float x) { return _mm256_set1_ps(x); }
+    static I set(int32_t x) { return _mm256_set1_epi32(x); }
+    static F load(const float* p) { return _mm256_loadu_ps(p); }
+    static I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+    static void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+    static F max(F a, F b) { return _mm256_max_ps(a, b); }
+    static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+
+    static I integer(I x) { return _mm256_srli_epi32(x, 23); }
+    static F fraction(I x, I mask, I one) {
+        return _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(x, mask), one));
+    }
+    static I truncate(F a) { return _mm256_cvttps_epi32(a); }
+    static I round(F a) { return _mm256_cvtps_epi32(a); }
+    static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+
+    static F permute(F a, I index) { return _mm256_permutevar8x32_ps(a, index); }
+    static F gather(const float* p, I index) { return _mm256_i32gather_ps(p, index, 4); }
+    static F even_odd(F a, F b) { return _mm256_blend_ps(a, b, 0xaa); }
+    static F pair_sums(F a, F b) {
+        const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(a, b));
+        return _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xd8));
+    }
+    static F reverse(F a) { return permute(a, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0)); }
+};
+
+} // namespace
+} // namespace kernels::simd
