@@ -133,7 +133,7 @@ SCANS: dict[str, Scan] = {
     "fan 257x131, moved": FanBeam.uniform(
         61, 391, (257, 131), source_axis=170.0, axis_detector=90.0, pitch=1.3, **LENGTHS
     ),
-    "fan, source beside the image": FanBeam.uniform(13, 200, (64, 64), source_axis=45.4, axis_detector=20.0),
+    "fan, source beside the image": FanBeam.uniform(13, 200, (64, 64), source_axis=45.6, axis_detector=20.0),
     "parallel, fine cells": ParallelBeam.uniform(13, 700, (64, 64), pitch=0.15),
     "parallel, coarse cells": ParallelBeam.uniform(13, 30, (64, 64), pitch=4.0),
 }

@@ -122,18 +122,18 @@ Part cells_of_chunk(const SheetT& sheet, int64_t line, int64_t lines, int64_t wi
     if (top > bottom) return {0, 0};
     const double low = static_cast<double>(sheet.first), high = static_cast<double>(sheet.last);
     auto cell_at = [&](double x, double l, double unseen) { return sheet.sees(x, l) ? sheet.cell_at(x, l) : unseen; };
+    const double right = static_cast<double>(width);
+    const double from = std::floor(std::min(cell_at(-1, top, low), cell_at(-1, bottom, low)));
+    const double to = std::ceil(std::max(cell_at(right, top, high), cell_at(right, bottom, high)));
+    // a sheet that misses the tile: aligning must not pull its cells in, their positions lie far outside the padding
+    if (!(from < high && to > low)) return {0, 0};
     auto align = [&](double cell) {
         const int64_t down = static_cast<int64_t>(std::clamp(cell, low, high)) / kChunkAlign * kChunkAlign;
         return std::max(sheet.first, down);
     };
     auto border = [&](int64_t x) { return align(std::ceil(cell_at(static_cast<double>(x), 0.5 * (top + bottom), low))); };
-    Part cells{begin == 0 ? align(std::floor(std::min(cell_at(-1, top, low), cell_at(-1, bottom, low)))) : border(begin),
-               border(end)};
-    if (end >= width) {
-        const double x = static_cast<double>(width);
-        const double last = std::ceil(std::max(cell_at(x, top, high), cell_at(x, bottom, high)));
-        cells.end = static_cast<int64_t>(std::clamp(last, low, high));
-    }
+    Part cells{begin == 0 ? align(from) : border(begin), border(end)};
+    if (end >= width) cells.end = static_cast<int64_t>(std::clamp(to, low, high));
     return cells;
 }
 

@@ -246,9 +246,11 @@ void check(const Parallel& beam, const Shape&, const double* angles, int64_t vie
 
 void check(const Fan& beam, const Shape& shape, const double* angles, int64_t views) {
     check(Parallel{beam.pitch, beam.pixel, beam.offset, beam.axis}, shape, angles, views);
-    const double radius = 0.5 * beam.pixel * std::hypot(static_cast<double>(shape.height), static_cast<double>(shape.width));
+    // a pixel weighs in up to one pixel away: a source nearer than that could have image behind it
+    const auto span = [](int64_t size) { return static_cast<double>(std::max<int64_t>(0, size - 1)); };
+    const double radius = beam.pixel * (0.5 * std::hypot(span(shape.height), span(shape.width)) + 1);
     require(std::isfinite(beam.source_axis) && beam.source_axis > radius, "source_axis", beam.source_axis,
-            "a source outside the circle round the image (more than half its diagonal, in mm)");
+            "a source more than a pixel outside the circle round the pixels' centres, in mm");
     require(std::isfinite(beam.axis_detector) && beam.source_axis + beam.axis_detector > 0, "axis_detector",
             beam.axis_detector, "a detector on the far side of the source, in mm");
 }

@@ -155,8 +155,8 @@ class ParallelBeam(_Beam):
 class FanBeam(_Beam):
     """A point source that faces a flat detector; formulas and sketch in the module's text.
 
-    As `ParallelBeam`, and source_axis: R, from the source to the rotation axis, mm, more than half the diagonal of the
-    image; axis_detector: D, from there to the detector, mm, 0 or more (0: a detector scaled to the rotation axis).
+    As `ParallelBeam`, and source_axis: R, from the source to the rotation axis, mm, more than a pixel beyond the
+    corner pixels' centres; axis_detector: D, from there to the detector, mm, 0 or more (0: a detector scaled to the rotation axis).
 
     Raises as ParallelBeam does, and ValueError where the source enters the circle round the image.
     """
@@ -171,11 +171,12 @@ class FanBeam(_Beam):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reach = self.pixel * math.hypot(*self.shape) / 2
+        # a pixel weighs in up to one pixel away: nearer, a ray's line behind the source could still meet the image
+        reach = self.pixel * (math.hypot(*(max(0, size - 1) for size in self.shape)) / 2 + 1)
         if not self.source_axis > reach:
             raise ValueError(
                 f"FanBeam: got source_axis {self.source_axis:g} mm, which puts the source inside the circle round the "
-                f"image; expected more than half the image's diagonal, {reach:.6g} mm; check that lengths and pixel "
+                f"image; expected more than a pixel beyond the corner pixels' centres, {reach:.6g} mm; check that lengths and pixel "
                 f"({self.pixel:g}) are both in mm, or take fewer pixels"
             )
 

@@ -116,6 +116,18 @@ def test_the_compiled_kernel_at_an_ordinary_size(fan: bool, threads: int, monkey
     assert error(back, backproject(y.double(), scan)) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("views", [18, 72])
+def test_a_detector_much_wider_than_the_image(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # most rays miss, and near 45 degrees a sheet of few rays lies wholly beside the image (GloReDi's scanner)
+    scan = FanBeam.uniform(views, 336, (128, 128), source_axis=537.5, axis_detector=537.5, pitch=2.0)
+    x = noise(1, *scan.shape, dtype=torch.float32)
+    expected = project(x.double(), scan)
+    monkeypatch.setenv("KERNELS_BACKEND", "cpu")
+    found = project(x, scan)
+    assert error(found, expected) < TOLERANCE[torch.float32]
+    assert not found[expected == 0].any()
+
+
 sizes = st.integers(0, 9)
 
 
@@ -132,8 +144,8 @@ def test_any_small_shape(sizes: tuple, batch: list, fan: bool, lengths: tuple, t
     common = dict(zip(("pitch", "pixel", "offset", "axis"), lengths, strict=True))
     angles = [turn + v for v in range(views)]
     if fan:
-        reach = common["pixel"] * math.hypot(height, width) / 2
-        scan = FanBeam(angles, cells, (height, width), source_axis=reach * 1.1 + 1, axis_detector=reach, **common)
+        reach = common["pixel"] * (math.hypot(height, width) / 2 + 1)
+        scan = FanBeam(angles, cells, (height, width), source_axis=reach * 1.01, axis_detector=reach, **common)
     else:
         scan = ParallelBeam(angles, cells, (height, width), **common)
     x = noise(*batch, *scan.shape, dtype=torch.float32)

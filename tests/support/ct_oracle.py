@@ -26,7 +26,7 @@ SCANS = {
     "fan, tall image, offsets": FanBeam(
         ANGLES, 21, (18, 7), source_axis=21.0, axis_detector=33.0, pitch=2.7, pixel=0.9, offset=-0.8, axis=0.6
     ),
-    "fan, close source": FanBeam(ANGLES, 40, (12, 12), source_axis=8.6, axis_detector=5.0, pitch=0.7),
+    "fan, close source": FanBeam(ANGLES, 40, (12, 12), source_axis=8.8, axis_detector=5.0, pitch=0.7),
     "fan, coarse cells": FanBeam(ANGLES, 9, (13, 13), source_axis=30.0, axis_detector=30.0, pitch=5.0),
 }
 
