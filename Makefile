@@ -42,6 +42,25 @@ repro: setup ## re-measure every paper at the profile of params.yaml, print the 
 test: setup-peers ## run the whole test suite
 	@python -m pytest
 
+# The sanitizers' runtime must be the first library of the process, and libstdc++ there for its __cxa_throw to be found.
+# Python never gives back all its memory: no leak check. --capture=sys lets the report of a dying process through.
+# Left out: the Triton kernels (none of our C++, slow) and the benchmarks (other people's code, memory as the sanitizer
+# needs it). The second round is of the 16-lane code, which a processor without AVX-512 would not run.
+test-sanitize: setup ## run the kernels' tests under the address and undefined-behaviour sanitizers (GCC)
+	@cmake -S kernels -B build/sanitize -G Ninja -DKERNELS_SANITIZE=ON \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
+	@cmake --build build/sanitize
+	@cxx=$$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' build/sanitize/CMakeCache.txt); \
+	asan=$$($$cxx -print-file-name=libasan.so); stdcxx=$$($$cxx -print-file-name=libstdc++.so); \
+	[ -e "$$asan" ] || { echo "resparse: $$cxx has no libasan.so; try: make clean; CXX=g++ make $@" >&2; exit 1; }; \
+	export KERNELS_NATIVE=$(CURDIR)/build/sanitize LD_PRELOAD="$$asan $$stdcxx" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
+	python -c "from kernels import info; k = info(); assert k['sanitized'], k; print('resparse: sanitized', k['isa'])" && \
+	for isa in "" emulated512; do \
+		KERNELS_ISA=$$isa python -m pytest -q --capture=sys tests/kernels \
+			--ignore-glob='*_triton.py' --ignore=tests/kernels/test_bench.py || exit 1; \
+	done
+
 lab: setup ## open JupyterLab at the papers
 	@jupyter lab papers
 

@@ -1,8 +1,8 @@
 """Loads the compiled module `kernels._native`, once, and refuses one that does not belong to these sources.
 
-Where it is looked for, first hit wins: the folder KERNELS_NATIVE if set, beside this file, then wherever the package was
-installed. Environment: KERNELS_NATIVE (folder of another build, e.g. build/sanitize), KERNELS_ISA (portable, avx2,
-avx512: cap the instruction set), KERNELS_BACKEND (see `kernels._dispatch`).
+Where it is looked for, first hit wins: the folder KERNELS_NATIVE if set, else beside this file, then wherever the
+package was installed. Environment: KERNELS_NATIVE (folder of another build, e.g. build/sanitize), KERNELS_ISA
+(portable, avx2, avx512 or, for tests, emulated512: the instruction set), KERNELS_BACKEND (see `kernels._dispatch`).
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def native() -> ModuleType:
 
 
 def info() -> dict[str, Any]:
-    """What the kernels run on: isa, isas_compiled, threads, compiler, stamp, openmp, sanitized, backend, binary, reason.
+    """What runs here: isa, isas_compiled, threads, compiler, stamp, openmp, sanitized, backend, binary, reason.
 
-    Never raises for a missing or stale binary: `binary` is then None and `reason` says why.
+    Never raises for a missing or stale binary: `binary` is then None and `reason` says why. Raises RuntimeError for a
+    KERNELS_ISA that is unknown or that this processor lacks.
     """
     import torch
 
