@@ -112,7 +112,7 @@ def cells_in_reach(lengths: Sequence[float], height: int, width: int, cells: int
 
 
 def _scan(angles: Tensor, lengths: Sequence[float], height: int, width: int, cells: int) -> Tensor:
-    """What the kernels know of the scan, lengths in pixels: [8 + 2V] float64, read by number in `_middle` and `_ray`.
+    """What the kernels know of the scan, lengths in pixels: [8 + 2V] float64, read by number in the kernels.
 
     A tensor, because Triton passes Python floats as float32.
     """
@@ -161,32 +161,7 @@ def _project_kernel(
     cell = tl.program_id(0) % blocks * CELLS + tl.arange(0, CELLS)
     image = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
 
-    # the ray X a + Y b = p, and its length for each unit of a and b
-    cosine, sine = tl.load(scan + 8 + view), tl.load(scan + 8 + views + view)
-    span, axis, middle_x, middle_y = tl.load(scan + 1), tl.load(scan + 4), tl.load(scan + 5), tl.load(scan + 6)
-    u = (cell - tl.load(scan + 7)) * tl.load(scan + 2) + tl.load(scan + 3)
-    if FAN:
-        a, b = span * cosine + u * sine, span * sine - u * cosine
-        p = tl.load(scan) * u - axis * span
-        norm = tl.sqrt(u * u + span * span)
-    else:
-        a, b = cosine + 0 * u, sine + 0 * u
-        p = u - axis
-        norm = 1 + 0 * u
-
-    # on line l (an image row, or a column where b dominates) the ray is at pixel start + l * slope
-    by_rows = tl.abs(a) >= tl.abs(b) * (1 - 1e-12)  # as in the reference
-    major, minor = tl.where(by_rows, a, b), tl.where(by_rows, b, a)
-    middle_line, middle_across = tl.where(by_rows, middle_y, middle_x), tl.where(by_rows, middle_x, middle_y)
-    start = (tl.where(by_rows, p, -p) - middle_line * minor) / major + middle_across
-    slope = minor / major
-    step = (norm / tl.abs(major)).to(tl.float32)
-
-    # fixed point, 32 bits after the point: adding the slope is exact, where float32 would drift
-    start = tl.minimum(tl.maximum(start, -1073741824.0), 1073741824.0)  # 2^30: outside is outside
-    position = tl.floor(start * 4294967296.0 + 0.5).to(tl.int64)
-    slope_fixed = tl.floor(slope * 4294967296.0 + 0.5).to(tl.int64)
-
+    by_rows, position, slope, step = _path(scan, view, views, cell, FAN)
     lines, across = tl.where(by_rows, height, width), tl.where(by_rows, width, height)
     size = (image * 0 + height * width).to(tl.int64)  # pixels an image
     live = (image < batch)[:, None] & (cell < cells)[None, :]
@@ -201,9 +176,40 @@ def _project_kernel(
         left = tl.load(at, mask=live & (on & (low >= 0) & (low < across))[None, :], other=0.0)
         right = tl.load(at + 1, mask=live & (on & (low >= -1) & (low < across - 1))[None, :], other=0.0)
         total += left + fraction[None, :] * (right - left)
-        position += slope_fixed
+        position += slope
     ray = (image.to(tl.int64) * views)[:, None] * cells + (view * cells + cell)[None, :]
     tl.store(out + ray, total * (step * pixel)[None, :], mask=live)
+
+
+@jit
+def _path(scan, view, views, cell, FAN: tl.constexpr):
+    """The way of rays along their lines, the image's rows or, where these are too oblique, its columns, [CELLS] each.
+
+    Returns (by_rows, position on line 0, slope from line to line, step in pixels from line to line); the position and
+    the slope are int64 in units of 2^-32 pixel: adding the slope is exact, where float32 would drift.
+    """
+    # the ray X a + Y b = p, and its length for each unit of a and b
+    cosine, sine = tl.load(scan + 8 + view), tl.load(scan + 8 + views + view)
+    span, axis, middle_x, middle_y = tl.load(scan + 1), tl.load(scan + 4), tl.load(scan + 5), tl.load(scan + 6)
+    u = (cell - tl.load(scan + 7)) * tl.load(scan + 2) + tl.load(scan + 3)
+    if FAN:
+        a, b = span * cosine + u * sine, span * sine - u * cosine
+        p = tl.load(scan) * u - axis * span
+        norm = tl.sqrt(u * u + span * span)
+    else:
+        a, b = cosine + 0 * u, sine + 0 * u
+        p = u - axis
+        norm = 1 + 0 * u
+
+    # on line l the ray is at pixel start + l * slope
+    by_rows = tl.abs(a) >= tl.abs(b) * (1 - 1e-12)  # as in the reference
+    major, minor = tl.where(by_rows, a, b), tl.where(by_rows, b, a)
+    middle_line, middle_across = tl.where(by_rows, middle_y, middle_x), tl.where(by_rows, middle_x, middle_y)
+    start = (tl.where(by_rows, p, -p) - middle_line * minor) / major + middle_across
+    start = tl.minimum(tl.maximum(start, -1073741824.0), 1073741824.0)  # 2^30: outside is outside
+    position = tl.floor(start * 4294967296.0 + 0.5).to(tl.int64)
+    slope = tl.floor(minor / major * 4294967296.0 + 0.5).to(tl.int64)
+    return by_rows, position, slope, (norm / tl.abs(major)).to(tl.float32)
 
 
 @jit
@@ -237,7 +243,7 @@ def _backproject_kernel(
         cosine, sine = tl.load(scan + 8 + view), tl.load(scan + 8 + views + view)
         p = x * cosine + y * sine + axis
         # A ray reaches the pixel if its distance across the lines is below 1: |p S - U u| < M(u), in the terms of
-        # `_project_kernel` M = max(|a|, |b|). M changes at most as fast as u, so |u - p S / U| < M(p S / U) / (U - 1).
+        # `_path` M = max(|a|, |b|). M changes at most as fast as u, so |u - p S / U| < M(p S / U) / (U - 1).
         if FAN:
             depth = source - (x * sine - y * cosine)
             u = p * span / depth
@@ -253,22 +259,28 @@ def _backproject_kernel(
         for n in range(REACH):
             cell = first + n
             u = (cell - middle_cell) * pitch + offset
-            if FAN:
-                away = tl.abs(p * span - depth * u).to(tl.float32)
-                u32 = u.to(tl.float32)
-                s32 = span.to(tl.float32)
-                c32 = cosine.to(tl.float32)
-                d32 = sine.to(tl.float32)
-                major = tl.maximum(tl.abs(s32 * c32 + u32 * d32), tl.abs(s32 * d32 - u32 * c32))
-                step = tl.sqrt(u32 * u32 + s32 * s32) / major
-            else:
-                away = tl.abs(p - u).to(tl.float32)
-                major = reach.to(tl.float32)
-                step = 1 / major
-            weight = step * (1 - away / major)
+            weight = _weight(p, u, depth, reach, cosine, sine, span, FAN)
             hit = (weight > 0) & (cell < cells)
             value = tl.load(rays + (view * cells + cell)[None, :], mask=live & hit[None, :], other=0.0)
             total += tl.where(hit, weight, 0.0)[None, :] * value
     size = (image * 0 + height * width).to(tl.int64)
     at = out + (image.to(tl.int64) * size)[:, None] + (row * width + column)[None, :]
     tl.store(at, total * pixel, mask=live)
+
+
+@jit
+def _weight(p, u, depth, reach, cosine, sine, span, FAN: tl.constexpr):
+    """What the ray to a cell at u, [PIXELS] float64, gives to a pixel, in steps; 0 or less out of reach."""
+    if FAN:
+        away = tl.abs(p * span - depth * u).to(tl.float32)
+        u32 = u.to(tl.float32)
+        s32 = span.to(tl.float32)
+        c32 = cosine.to(tl.float32)
+        d32 = sine.to(tl.float32)
+        major = tl.maximum(tl.abs(s32 * c32 + u32 * d32), tl.abs(s32 * d32 - u32 * c32))
+        step = tl.sqrt(u32 * u32 + s32 * s32) / major
+    else:
+        away = tl.abs(p - u).to(tl.float32)
+        major = reach.to(tl.float32)
+        step = 1 / major
+    return step * (1 - away / major)
