@@ -149,7 +149,7 @@ def _runs(module: Any, isa: str) -> bool:
 def _rows(op: str, cases: Iterable[Case], quick: bool) -> Iterator[Row]:
     for case in cases:
         print(f"\n{op}  {case.call}, {case.name}: {case.data_bytes / 2**20:.1f} MiB; ratios to {case.baseline}")
-        print(f"  {'implementation':22}{'threads':>8}{'batch':>6}{'ms':>10}{'quartiles':>18}{'CPU ms':>10}", end="")
+        print(f"  {'implementation':22}{'threads':>8}{'batch':>6}{'ms':>10}{'quartiles':>20}{'CPU ms':>10}", end="")
         print(f"{'ratio':>9}{'quartiles':>16}{'error':>9}{'+MiB':>7}", flush=True)
         for row in measure(op, case, 1 if quick else None):
             print(_line(row), flush=True)
@@ -271,7 +271,7 @@ def _line(row: Row) -> str:
     if not row["spread"]:
         return f"{start}  {row['note']}"
     low, high = row["spread"]["wall_ms"]
-    line = f"{start}{row['wall_ms']:>10.3f}{f'{low:.3f}..{high:.3f}':>18}{row['cpu_ms']:>10.3f}"
+    line = f"{start}{row['wall_ms']:>10.3f}{f'{low:.4g}..{high:.4g}':>20}{row['cpu_ms']:>10.3f}"
     spread = "" if row["ratio"] is None else f"{row['ratio_low']:.3g}..{row['ratio_high']:.3g}"
     line += f"{'' if row['ratio'] is None else format(row['ratio'], '.3g'):>9}{spread:>16}"
     line += f"{'' if row['difference'] is None else format(row['difference'], '.0e'):>9}"
