@@ -30,13 +30,13 @@ def check_sinogram(sinogram: Tensor, geometry: Geometry) -> None:
         )
 
 
-def check_finite(sinogram: Tensor) -> None:
-    """Raise where the sinogram holds NaN or infinity: one such cell spreads over the whole image."""
-    bad = sinogram.numel() - int(torch.isfinite(sinogram).sum())
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise where the tensor holds NaN or infinity: one such value spreads over the whole image."""
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
         raise ValueError(
-            f"sinogram: got {bad} of {sinogram.numel()} values NaN or infinite, expected finite line integrals. Mend "
-            "dead cells and starved rays (log of zero counts) first."
+            f"{name}: got {bad} of {tensor.numel()} values NaN or infinite, expected finite ones. Mend dead cells and "
+            "starved rays (log of zero counts) first."
         )
 
 

@@ -156,7 +156,8 @@ class FanBeam(_Beam):
     """A point source that faces a flat detector; formulas and sketch in the module's text.
 
     As `ParallelBeam`, and source_axis: R, from the source to the rotation axis, mm, more than a pixel beyond the
-    corner pixels' centres; axis_detector: D, from there to the detector, mm, 0 or more (0: a detector scaled to the rotation axis).
+    corner pixels' centres; axis_detector: D, from there to the detector, mm, 0 or more (0: a detector scaled to the
+    rotation axis).
 
     Raises as ParallelBeam does, and ValueError where the source enters the circle round the image.
     """
@@ -176,8 +177,8 @@ class FanBeam(_Beam):
         if not self.source_axis > reach:
             raise ValueError(
                 f"FanBeam: got source_axis {self.source_axis:g} mm, which puts the source inside the circle round the "
-                f"image; expected more than a pixel beyond the corner pixels' centres, {reach:.6g} mm; check that lengths and pixel "
-                f"({self.pixel:g}) are both in mm, or take fewer pixels"
+                f"image; expected more than a pixel beyond the corner pixels' centres, {reach:.6g} mm; check that "
+                f"lengths and pixel ({self.pixel:g}) are both in mm, or take fewer pixels"
             )
 
     @classmethod

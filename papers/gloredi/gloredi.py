@@ -1,10 +1,14 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags,-all
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -122,9 +126,7 @@ right.set(
 for angle in range(0, 360, 360 // main):
     right.axhline(angle, color=plots.COLORS[1], linewidth=0.6)
 left.grid(False), right.grid(False)
-record.figure(
-    "sinogram", fig, f"A test slice and its fan-beam sinogram; the lines mark the {main} views that are kept."
-)
+record.figure("sinogram", fig, f"A test slice and its fan-beam sinogram; lines mark the {main} views that are kept.")
 
 # %%
 columns = [f"{v} views" for v in params.views] + [f"{params.full_views} views"]
@@ -160,13 +162,7 @@ print(f"{params.full_views:4d} views: {whole:5.2f} dB against the true slice")
 # %%
 reach = {}
 for title, ratio in (("plain convolutions", 0.0), ("Fourier convolutions", params.global_ratio)):
-    torch.manual_seed(0)
-    encoder = method.Encoder(width=8, blocks=1, global_ratio=ratio).eval()
-    image = torch.rand(1, 1, 64, 64)
-    touched = image.clone()
-    touched[0, 0, 32, 32] += 1
-    with torch.no_grad():
-        reach[title] = (encoder(touched) - encoder(image)).abs().mean(dim=(0, 1))
+    reach[title] = evaluation.reach(ratio)
     seen = (reach[title] > 1e-9).float().mean()
     record.metric("reach", seen, variant="fourier" if ratio else "plain")
     print(f"{title}: {seen:.0%} of the features notice")
@@ -174,12 +170,7 @@ for title, ratio in (("plain convolutions", 0.0), ("Fourier convolutions", param
 # %%
 logs = [[x.clamp_min(1e-9).log10() for x in reach.values()]]
 fig = plots.image_grid(logs, col_labels=list(reach), cmap="magma", vmin=-9, colorbar_label="log10 of the change")
-record.figure(
-    "reach",
-    fig,
-    "Change of the encoder's features when one pixel changes: a patch for plain convolutions, "
-    "everywhere for Fourier convolutions.",
-)
+record.figure("reach", fig, "Change of the features with one pixel: a patch (plain) or everywhere (Fourier).")
 
 # %% [markdown]
 # The arms below have the same number of parameters: Fourier convolutions are cheaper than plain ones of the same
@@ -238,13 +229,8 @@ record.metric("band_share", band.mean())
 # them. Four can be checked on the spot, exactly and without training.
 
 # %%
-torch.manual_seed(0)
-small = {"width": 8, "encoder_blocks": 1, "decoder_blocks": 1}
 for name, chosen in method.VARIANTS.items():
-    model = method.GloReDi(chosen, **small)
-    z = model.student_encoder(torch.rand(2, 1, 32, 32)).detach().requires_grad_()
-    model.student_decoder(z).square().sum().backward()
-    gradient = z.grad.abs().sum(dim=(0, 2, 3))  # [C]
+    gradient = evaluation.gradient_of_features(chosen)
     record.metric("unread_share", (gradient == 0).float().mean(), variant=name)
     print(f"{name}: {int((gradient == 0).sum())} of {len(gradient)} encoder channels never reach the image")
 
@@ -317,17 +303,22 @@ for v in params.views:
     for name, result in classic.items():
         made[name, v] = [data.MM_PER_CM * result.image.cpu()]
         evaluation.report(record, made[name, v][0], target, source, variant=f"{name}/{v}")
-        record.metric("iterations", len(result.history), variant=f"{name}/{v}")
+        record.metric("iterations", result.iterations, variant=f"{name}/{v}")
         record.metric("converged", result.converged, variant=f"{name}/{v}")
-        print(f"{name} {v} views: {len(result.history)} iterations, converged: {result.converged}")
+        record.metric("stop", result.history["stop"][-1], variant=f"{name}/{v}")
+        print(f"{name} {v} views: {result.iterations} iterations, converged: {result.converged}")
 
 # %% [markdown]
 # ### Scores on slices nobody trained on
 
+
 # %%
-for (arm, v, seed), result in trained.items():
-    network = experiment.restore(params, arm_of[arm], result["state"])
-    image = experiment.reconstruct(network, triples[v].sparse).cpu()
+def network(arm, v, seed):
+    return experiment.restore(params, arm_of[arm], trained[arm, v, seed]["state"])
+
+
+for arm, v, seed in trained:
+    image = experiment.reconstruct(network(arm, v, seed), triples[v].sparse).cpu()
     made.setdefault((arm, v), []).append(image)
     evaluation.report(record, image, target, source, variant=f"{arm}/{v}", seed=seed)
 
@@ -358,10 +349,7 @@ fig = plots.image_grid(
     error_label="error, HU",
     **WINDOW,
 )
-story = (
-    f"One test slice from {main} views by each method, first seed, in one HU window; below, errors against the target."
-)
-record.figure("reconstructions", fig, story)
+record.figure("reconstructions", fig, f"A test slice from {main} views, first seed; below, errors against the target.")
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
@@ -383,8 +371,7 @@ record.figure("psnr", fig, f"PSNR on test slices against the number of views, an
 # %%
 if "gloredi" in params.arms:
     for seed in params.seeds:
-        network = experiment.restore(params, arm_of["gloredi"], trained["gloredi", main, seed]["state"])
-        shares = evaluation.gradient_shares(params, network, training, main)
+        shares = evaluation.gradient_shares(params, network("gloredi", main, seed), training, main)
         for name, value in shares.items():
             record.metric("gradient_share", value, variant=name, seed=seed)
     print({name: f"{value:.2g}" for name, value in shares.items()})
@@ -393,11 +380,7 @@ if "gloredi" in params.arms:
 # And what does a slice cost? Seconds for one test slice, from sinogram to image, medians in this process.
 
 # %%
-timed = {
-    arm: experiment.restore(params, arm_of[arm], trained[arm, main, params.seeds[0]]["state"])
-    for arm in ("unet", "gloredi")
-    if arm in params.arms
-}
+timed = {arm: network(arm, main, params.seeds[0]) for arm in ("unet", "gloredi") if arm in params.arms}
 for name, repeats in evaluation.seconds_per_slice(params, test, main, timed, tv_weight).items():
     for repeat, value in enumerate(repeats):
         record.metric("seconds", value, variant=name, seed=repeat)
@@ -420,8 +403,7 @@ if params.tooth:
         record.metric("tooth_psnr", evaluation.scores(teeth[v], reference)["psnr"].mean(), variant=f"fbp/{v}")
     cleaned = {}
     for arm, v, seed in trained:
-        network = experiment.restore(params, arm_of[arm], trained[arm, v, seed]["state"])
-        cleaned[arm, v, seed] = experiment.reconstruct(network, teeth[v].to(params.device)).cpu()
+        cleaned[arm, v, seed] = experiment.reconstruct(network(arm, v, seed), teeth[v].to(params.device)).cpu()
         value = evaluation.scores(cleaned[arm, v, seed], reference)["psnr"].mean()
         record.metric("tooth_psnr", value, variant=f"{arm}/{v}", seed=seed)
 else:
@@ -429,11 +411,7 @@ else:
 
 # %%
 if params.tooth:
-    best = {
-        v: cleaned["gloredi", v, params.seeds[0]][0, 0]
-        for v in params.views
-        if ("gloredi", v, params.seeds[0]) in cleaned
-    }
+    best = {v: x[0, 0] for (arm, v, seed), x in cleaned.items() if (arm, seed) == ("gloredi", params.seeds[0])}
     rows = [[data.mu_to_hu(teeth[v][0, 0]) for v in best], [data.mu_to_hu(x) for x in best.values()]]
     truth = data.mu_to_hu(reference[0, 0])
     fig = plots.image_grid(
@@ -444,9 +422,7 @@ if params.tooth:
         vmax=float(truth.max()),
         colorbar_label="HU after scaling",
     )
-    record.figure(
-        "tooth", fig, "A real tooth by FBP and by a network trained on another object, another beam geometry."
-    )
+    record.figure("tooth", fig, "A real tooth by FBP and by a network that was trained on another object.")
 
 # %% [markdown]
 # ## 6. Verdicts

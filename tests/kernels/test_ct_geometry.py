@@ -107,7 +107,9 @@ def test_nonsense_is_refused(beam: type, change: dict, kind: type, message: str)
 def test_a_fan_has_its_source_outside_the_image() -> None:
     reach = math.hypot(3, 4) / 2 + 1
     assert make(FanBeam, source_axis=reach * 1.0001)
-    with pytest.raises(ValueError, match=r"source inside the circle .* a pixel beyond the corner pixels' centres, 3\.5 mm"):
+    with pytest.raises(
+        ValueError, match=r"source inside the circle .* a pixel beyond the corner pixels' centres, 3\.5 mm"
+    ):
         make(FanBeam, source_axis=reach)
     with pytest.raises(ValueError, match=r"source inside the circle"):
         make(FanBeam, pixel=10.0)
