@@ -31,7 +31,7 @@
 # 5. a test nobody trained for: a real tooth from a synchrotron;
 # 6. the verdicts.
 #
-# The method is in `method.py` (one sitting, no tricks), the arms in `experiment.py`, the data in `data.py`.
+# The method is in `method.py` (one sitting), the arms in `experiment.py`, the data in `data.py`.
 
 # %% tags=["parameters"]
 profile = "smoke"  # smoke, laptop or paper: see params.yaml. None below means: what the profile says
