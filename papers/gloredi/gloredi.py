@@ -427,7 +427,7 @@ if params.tooth:
 # %% [markdown]
 # ## 6. Verdicts
 #
-# Each claim of `claims.yaml`, judged by the above. *Not tested* names what a claim would need; *refuted* is a result.
+# Each claim of `claims.yaml`, judged. *Not tested* names what a claim would need; *refuted* is a result.
 # Remember the scale: at `smoke` nothing is learned yet, at `laptop` a network of fifty thousand parameters has seen one
 # plastic head for minutes.
 
