@@ -182,7 +182,46 @@ class Record:
 
         store = cells.Store(self.slug, self.cells_digest())
         result, seconds, restored = store.get(key, fn, tell=self.say)
-        self._cells["restored" if restored else "computed"] += 1
+        return self._count("restored" if restored else "computed", result, seconds)
+
+    def cells(
+        self, jobs: Mapping[str, Callable[[], T]], desc: str = "cells", *, workers: int | None = None
+    ) -> dict[str, T]:
+        """Many independent cells: the result of every `fn()` by its key, in the order of `jobs`.
+
+        jobs: key and fn as for `cell`; for several workers fn must be picklable, a module's function or a
+            functools.partial of one.
+        workers: how many are computed at once, each in a process of its own with one thread (small networks gain
+            little from more); None: as many as torch has threads here; 1: one after another in this process, for a
+            GPU or when a person wants to look on.
+
+        The first one that fails ends it with its error; finished ones are kept. Raises RecordError for less than one
+        worker, cells.WorkerDied for a process that was killed.
+        """
+        self._require_open()
+        import torch
+
+        from common import cells
+
+        workers = torch.get_num_threads() if workers is None else workers
+        if workers < 1:
+            raise RecordError(f"workers: got {workers}, expected at least 1, or None for one a core")
+        if workers == 1:
+            return {key: self.cell(key, fn) for key, fn in jobs.items()}
+        store = cells.Store(self.slug, self.cells_digest())
+        stored = {key: store.find(key, fn) for key, fn in jobs.items()}
+        found = {key: self._count("restored", kept["result"], kept["seconds"]) for key, kept in stored.items() if kept}
+        missing = {key: fn for key, fn in jobs.items() if key not in found}
+        if missing:
+            at_once = store.compute_at_once(
+                missing, min(workers, len(missing)), beat=lambda: self.say(f"{desc}: {len(found)}/{len(jobs)}")
+            )
+            for key, result, seconds in self.progress(at_once, desc, total=len(missing)):
+                found[key] = self._count("computed", result, seconds)
+        return {key: found[key] for key in jobs}
+
+    def _count(self, how: str, result: T, seconds: float) -> T:
+        self._cells[how] += 1
         self._cells["seconds"] = round(self._cells["seconds"] + seconds, 1)
         return result
 

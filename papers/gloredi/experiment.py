@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from papers.gloredi.data import TripleSet, batches
 from papers.gloredi.settings import Params
 
 FULL = 0  # as `Arm.teacher`: the teacher sees the target itself
+NO_BAR = partial(tqdm, disable=True)
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,18 @@ def parameter_count(network: nn.Module) -> int:
 
 
 def fit(
-    params: Params, arm: Arm, training: TripleSet, views: int, seed: int, *, progress: Callable = tqdm, title: str
+    params: Params,
+    arm: Arm,
+    training: TripleSet,
+    views: int,
+    seed: int,
+    *,
+    progress: Callable = NO_BAR,
 ) -> dict:
     """Train one arm with one seed on images of `views` views.
 
     Returns `state` (state dict on the CPU), `curves` {loss: [(step, value), ...]} and `seconds`. Arms of the same seed
-    see the same batches in the same order. `progress(iterable, title, total=...)` draws the bar.
+    see the same batches in the same order. `progress(iterable, title, total=...)` draws a bar.
     """
     seeds.everything(seed, deterministic=False)
     network = build(params, arm).to(params.device).train()
@@ -96,6 +104,7 @@ def fit(
     step = _stepper(params, arm, network)
     history: dict[str, list[tuple[int, float]]] = {}
     started = time.perf_counter()
+    title = f"{arm.label} {views} views, seed {seed}"
     bar = progress(batches(len(training), params.batch, steps, seed), title, total=steps)
     for index, chosen in enumerate(bar):
         losses = step(training.batch(chosen, views), index / steps)

@@ -66,6 +66,7 @@ band_low = None
 band_high = None
 clamp = None
 device = None
+workers = None
 sirt_iterations = None
 tv_iterations = None
 tv_weights = None
@@ -73,6 +74,7 @@ tooth = None
 
 # %%
 import dataclasses
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -253,24 +255,23 @@ for name, chosen in method.VARIANTS.items():
 # ## 4. The experiment
 #
 # Every arm is trained with every seed. Arms of one seed see the same images in the same order and, where they share
-# layers, start from the same weights, so differences are paired. A finished training is kept: run this notebook again
-# after an interruption and it goes on where it stopped.
+# layers, start from the same weights, so differences are paired. A finished training is kept: after an interruption
+# this notebook goes on where it stopped.
 
 # %%
-jobs = [(v, arm) for v in params.views for arm in (params.arms if v == main else params.main_arms)]
+arms = {v: params.arms if v == main else params.main_arms for v in params.views}
+runs = [(arm, v, seed) for v in params.views for arm in arms[v] for seed in params.seeds]
 training = record.cell("training-images", lambda: data.TripleSet(params, "train"))
-print(f"{len(training)} training images; {len(jobs)} arms x {len(params.seeds)} seeds")
+print(f"{len(training)} training images; {len(runs)} trainings")
 
 # %%
-trained = {}
-for v, arm in jobs:
-    for seed in params.seeds:
-        title = f"{arm} {v} views, seed {seed}"
-
-        def train(arm=arm, v=v, seed=seed, title=title):
-            return experiment.fit(params, arm_of[arm], training, v, seed, progress=record.progress, title=title)
-
-        trained[arm, v, seed] = record.cell(f"{arm}-{v}-seed{seed}", train)
+bar = {"progress": record.progress} if params.workers == 1 else {}
+jobs = {
+    f"{arm}-{v}-seed{seed}": partial(experiment.fit, params, arm_of[arm], training, v, seed, **bar)
+    for arm, v, seed in runs
+}
+done = record.cells(jobs, "trainings", workers=params.workers or None)
+trained = dict(zip(runs, done.values(), strict=True))
 
 # %%
 for (arm, v, seed), result in trained.items():
@@ -278,14 +279,14 @@ for (arm, v, seed), result in trained.items():
         record.curve(name, *zip(*points, strict=True), variant=f"{arm}/{v}", seed=seed)
 fig, ax = plt.subplots(figsize=(7.5, 4))
 for color, line, arm in zip(plots.COLORS, plots.LINES, params.arms, strict=False):
-    runs = [trained[arm, main, seed]["curves"]["pixel"] for seed in params.seeds]
-    smooth = torch.tensor([[value for _, value in run] for run in runs]).unfold(1, 5, 1).mean(2)  # [seeds, T-4]
-    at = [step for step, _ in runs[0]][4:]
+    losses = [trained[arm, main, seed]["curves"]["pixel"] for seed in params.seeds]
+    smooth = torch.tensor([[value for _, value in run] for run in losses]).unfold(1, 5, 1).mean(2)  # [seeds, T-4]
+    at = [step for step, _ in losses[0]][4:]
     ax.plot(at, smooth.T, color=color, alpha=0.25, linewidth=0.8)
     ax.plot(at, smooth.mean(0), color=color, linestyle=line, label=arm_of[arm].label)
 ax.set(yscale="log", xlabel="step", ylabel="pixel loss of the student", title=f"training at {main} views")
 ax.legend(ncols=2)
-record.figure("training", fig, f"Pixel loss at {main} views, running mean of five: thick the mean, thin the seeds.")
+record.figure("training", fig, f"Pixel loss at {main} views, mean of five steps: thick the mean, thin the seeds.")
 
 # %% [markdown]
 # ### Two baselines without any training
@@ -407,7 +408,7 @@ if params.tooth:
         value = evaluation.scores(cleaned[arm, v, seed], reference)["psnr"].mean()
         record.metric("tooth_psnr", value, variant=f"{arm}/{v}", seed=seed)
 else:
-    print("left out: this profile uses no real data. --set tooth=true adds it where ct_sinogram_tooth is at hand")
+    print("left out: this profile uses no real data. --set tooth=true adds it")
 
 # %%
 if params.tooth:
@@ -427,7 +428,7 @@ if params.tooth:
 # %% [markdown]
 # ## 6. Verdicts
 #
-# Each claim of `claims.yaml`, judged. *Not tested* names what a claim would need; *refuted* is a result.
+# Each claim, judged. *Not tested* names what a claim would need; *refuted* is a result.
 # Remember the scale: at `smoke` nothing is learned yet, at `laptop` a network of fifty thousand parameters has seen one
 # plastic head for minutes.
 

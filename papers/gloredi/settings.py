@@ -41,6 +41,7 @@ class Params:
         band_low, band_high     its band of DCT indices, as shares of each axis
         clamp            whether outlier losses are bounded
         device           cpu or cuda
+        workers          trainings at once, each with one thread; 0: one for each core; 1 shows every step
 
     Baselines
         sirt_iterations, tv_iterations   upper bounds; both stop on their own criterion first
@@ -81,6 +82,7 @@ class Params:
     band_high: float
     clamp: bool
     device: Literal["cpu", "cuda"]
+    workers: int
     sirt_iterations: int
     tv_iterations: int
     tv_weights: list[float]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import subprocess
 import sys
+from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from common import cells, files, interactive, paths
+from common.cells import WorkerDied
 from common.record import RUN_DIR, Record, RecordError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -347,3 +351,35 @@ def test_by_hand_a_tracking_failure_is_one_line(house: Path, monkeypatch, capsys
     record.close()
     said = capsys.readouterr().out
     assert "this run is not tracked" in said and "relative path" in said
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_cells_at_once_are_as_one_after_another(house: Path, record: Record, workers: int) -> None:
+    jobs = {f"half of {n}": partial(truediv, n, 2) for n in (3, 1, 2)}
+    expected = {"half of 3": 1.5, "half of 1": 0.5, "half of 2": 1.0}
+    found = record.cells(jobs, workers=workers)
+    assert found == expected and list(found) == list(expected)
+    again = Record("toy", "smoke", Params([0, 1]), house / "again", interactive=False)
+    assert again.cells({**jobs, "half of 8": partial(truediv, 8, 2)}, workers=workers) == {**expected, "half of 8": 4.0}
+    assert again._cells["restored"] == 3 and again._cells["computed"] == 1
+
+
+def test_workers_are_processes_of_one_thread(record: Record) -> None:
+    found = record.cells({"threads": torch.get_num_threads, "process": os.getpid}, workers=2)
+    assert found["threads"] == 1 and found["process"] != os.getpid()
+
+
+def test_a_cell_that_fails_among_many_ends_them_and_keeps_the_finished(house: Path, record: Record) -> None:
+    jobs = {"good": partial(truediv, 2, 2), "bad": partial(truediv, 1, 0)}
+    record.cells({"good": jobs["good"]}, workers=2)
+    again = Record("toy", "smoke", Params([0, 1]), house / "again", interactive=False)
+    with pytest.raises(ZeroDivisionError):
+        again.cells(jobs, workers=2)
+    assert again._cells["restored"] == 1
+
+
+def test_a_killed_worker_is_one_clear_error(record: Record) -> None:
+    with pytest.raises(WorkerDied, match=r"one of doomed was killed.*fewer workers"):
+        record.cells({"doomed": os.abort}, workers=2)
+    with pytest.raises(RecordError, match="workers: got 0"):
+        record.cells({"x": int}, workers=0)

@@ -26,7 +26,7 @@ def training() -> data.TripleSet:
 
 def fit(name: str, seed: int = 0, **changes) -> dict:
     params = tiny(**changes)
-    return experiment.fit(params, experiment.arms(params)[name], training(), 9, seed, title=name)
+    return experiment.fit(params, experiment.arms(params)[name], training(), 9, seed)
 
 
 def student(result: dict) -> dict[str, torch.Tensor]:

@@ -121,7 +121,7 @@ def overfitted(steps: int) -> list[Tensor]:
     params = tiny(steps=max(steps, 1), learning_rate=5e-3 if steps else 0.0)
     arm, images = experiment.arms(params)["gloredi"], []
     for seed in SEEDS:
-        state = experiment.fit(params, arm, triples(), V, seed, title="overfit")["state"]
+        state = experiment.fit(params, arm, triples(), V, seed)["state"]
         images.append(
             experiment.reconstruct(experiment.restore(params, arm, state), triples().batch(range(4), V).sparse)
         )
