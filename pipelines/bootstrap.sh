@@ -32,7 +32,7 @@ Get one: sudo apt install g++, or name one with CXX=..."
 python=$(find_python)
 check_compiler
 stamp=.venv/installed lock=$(sha256sum requirements.lock | cut -d' ' -f1)
-read -r seen installed < "$stamp" 2>/dev/null || true
+read -r seen installed 2>/dev/null < "$stamp" || true
 wanted=$(printf '%s\n' ${installed:-} "$@" | sort -u | xargs) # what a user installed once stays
 [ "${seen:-}" = "$lock" ] && [ "${installed:-}" = "$wanted" ] && exit 0
 
