@@ -24,7 +24,10 @@ def table_rows(first_column: str) -> list[list[str]]:
     """The rows, cell by cell, of the README's table whose head begins with this column."""
     tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     for table in tables:
-        rows = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines()]
+        rows = [
+            [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+            for line in table.splitlines()
+        ]
         if rows[0][0] == first_column:
             return rows[2:]
     raise AssertionError(f"README.md has no table that begins with {first_column!r}; its tables: {len(tables)}")
