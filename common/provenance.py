@@ -22,7 +22,8 @@ from typing import Any
 from common import files, paths
 
 # What a run itself writes does not make its sources dirty.
-_WRITTEN_BY_RUNS = ("results", "SCOREBOARD.md", "scoreboard.json", "dvc.lock")
+# params.yaml says which papers and profile to run, and `dvc exp run -S profile=...` writes it
+_WRITTEN_BY_RUNS = ("results", "SCOREBOARD.md", "scoreboard.json", "dvc.lock", "params.yaml")
 _SOURCE_SUFFIXES = {".py", ".yaml", ".json", ".cpp", ".h", ".in", ".txt"}
 # Instruction sets that decide how fast a kernel can be, x86 and Arm.
 _ISA = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",

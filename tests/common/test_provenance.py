@@ -91,8 +91,9 @@ def test_sources_are_dirty_and_results_are_not(house: Path) -> None:
     (house / "results").mkdir()
     (house / "results" / "x.json").write_text("{}")
     (house / "dvc.lock").write_text("x")
+    (house / "params.yaml").write_text("profile: laptop\n")
     assert provenance.git()["dirty"] is False
-    (house / "papers" / "toy" / "new.py").write_text("")
+    (house / "papers" / "toy" / "params.yaml").write_text("x")
     assert provenance.git()["dirty"] is True
 
 
