@@ -47,3 +47,12 @@ def test_the_speeds_are_the_measured_ones() -> None:
             printed[beam, threads, call] = tuple(float(x) for x in re.findall(r"[\d.]+\d|\d+", cell.replace("..", " ")))
     for key, values in printed.items():
         assert values == tuple(float(f"{value:.2g}") for value in measured[key]), key
+
+
+def test_the_scoreboard_is_the_committed_one() -> None:
+    claims = committed("scoreboard.json")["claims"]
+    for paper, _, *printed in table_rows("paper"):
+        slug = re.findall(r"papers/(\w+)", paper)[0]
+        verdicts = [claim["verdict"] for claim in claims if claim["paper"] == slug]
+        wanted = [verdicts.count(name) for name in ("reproduced", "refuted", "inconclusive", "not tested")]
+        assert [int(number) for number in printed] == wanted and sum(wanted) == len(verdicts), slug
