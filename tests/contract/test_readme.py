@@ -51,8 +51,8 @@ def test_the_speeds_are_the_measured_ones() -> None:
 
 def test_the_scoreboard_is_the_committed_one() -> None:
     claims = committed("scoreboard.json")["claims"]
-    for paper, _, *printed in table_rows("paper"):
-        slug = re.findall(r"papers/(\w+)", paper)[0]
-        verdicts = [claim["verdict"] for claim in claims if claim["paper"] == slug]
+    for paper, scale, *printed in table_rows("paper"):
+        at = {"paper": re.findall(r"papers/(\w+)", paper)[0], "profile": re.findall(r"`(\w+)`", scale)[0]}
+        verdicts = [claim["verdict"] for claim in claims if at.items() <= claim.items()]
         wanted = [verdicts.count(name) for name in ("reproduced", "refuted", "inconclusive", "not tested")]
-        assert [int(number) for number in printed] == wanted and sum(wanted) == len(verdicts), slug
+        assert [int(number) for number in printed] == wanted and sum(wanted) == len(verdicts), at
