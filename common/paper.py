@@ -10,6 +10,7 @@
     status: What of it is measured here, and what is not.
     hardware: 4x RTX 3090
     data: Which data the authors used, and how to come by them.
+    cover: reconstructions                     # the figure that stands for the paper; without it the first
     deviations:                                # each a text, or a mapping of short parts
       - {what: image size, paper: 256, here: 128, why: two cores}
     stub: true                                 # only what `resparse new` wrote; remove it with the first claim
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_TEXTS = ("title", "authors", "venue", "year", "arxiv", "summary", "status", "hardware", "data")
+_TEXTS = ("title", "authors", "venue", "year", "arxiv", "summary", "status", "hardware", "data", "cover")
 
 
 class PaperError(ValueError):
@@ -45,6 +46,7 @@ class Paper:
     status: str = ""
     hardware: str = ""
     data: str = ""
+    cover: str = ""
     code: tuple[Mapping[str, Any], ...] = ()
     deviations: tuple[str | Mapping[str, Any], ...] = ()
     stub: bool = False

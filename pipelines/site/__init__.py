@@ -75,7 +75,7 @@ def _index(board: Board) -> dict[str, Any]:
             "paper": entry.paper,
             "counts": scoreboard.counts(entry.headlines),
             "profiles": list(entry.provenance),
-            "figure": next((figure for group in _figures(entry) for figure in group["figures"]), None),
+            "figure": _cover(entry),
         }
         for entry in board.entries
     ]
@@ -105,6 +105,12 @@ def _paper(entry: Entry) -> dict[str, Any]:
     }
 
 
+def _cover(entry: Entry) -> dict[str, Any] | None:
+    """The figure that stands for the paper: the one it names as `cover`, at the highest profile, else the first."""
+    figures = [figure for group in _figures(entry) for figure in group["figures"]]
+    return next((f for f in figures if f["name"] == entry.paper.cover), figures[0] if figures else None)
+
+
 def _figures(entry: Entry) -> list[dict[str, Any]]:
     """The figures of each measured profile, the highest first."""
     groups = []
@@ -113,6 +119,7 @@ def _figures(entry: Entry) -> list[dict[str, Any]]:
         captions = _json(folder / "figures.json") or {}
         figures = [
             {
+                "name": name,
                 "src": f"../figures/{entry.paper.slug}/{profile}/{name}.png",
                 "caption": str(caption),
                 "size": _png_size(folder / f"{name}.png"),

@@ -122,6 +122,15 @@ def test_benchmarks_and_gpu_results_are_tables(pages):
     assert "h200: checks" in text and "<td>yes</td>" in text
 
 
+def test_a_paper_chooses_the_figure_that_stands_for_it(house, pages):
+    assert "laptop/reconstructions.png" in (pages / "index.html").read_text()
+    about = house / "papers/toy/paper.yaml"
+    about.write_text(about.read_text() + "\ncover: curves\n")
+    site.build(scoreboard.collect(["toy", "other"], "smoke"))
+    text = (pages / "index.html").read_text()
+    assert "laptop/curves.png" in text and "reconstructions.png" not in text
+
+
 def test_pages_without_results_still_stand(house):
     (house / "results/figures/toy/smoke/figures.json").write_text("{broken")
     (house / "results/bench.json").write_text("[]")
