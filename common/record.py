@@ -192,7 +192,7 @@ class Record:
         jobs: key and fn as for `cell`; for several workers fn must be picklable, a module's function or a
             functools.partial of one.
         workers: how many are computed at once, each in a process of its own with one thread (small networks gain
-            little from more); None: as many as torch has threads here; 1: one after another in this process, for a
+            nothing from more); None: as many as torch has threads here; 1: one after another in this process, for a
             GPU or when a person wants to look on.
 
         The first one that fails ends it with its error; finished ones are kept. Raises RecordError for less than one

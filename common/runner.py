@@ -143,6 +143,7 @@ def _environment(folder: Path) -> Iterator[dict[str, str]]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_RUN")}
         search = [str(paths.root()), *filter(None, [os.environ.get("PYTHONPATH")])]
         yield {
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait make a busy host ten times slower
             **inherited,
             record.RUN_DIR: str(folder),
             "PYTHONPATH": os.pathsep.join(search),

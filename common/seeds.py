@@ -52,6 +52,21 @@ def derived(seed: int, *labels: str | int) -> int:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: the same bits on any number of cores.
+
+    Many small operations also end sooner: waking a second thread for each costs more than it brings, above all on a
+    busy host, where it can take ten times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def isolated(label: str) -> Iterator[None]:
     """Inside, the global generators start from a state of their own, derived from `label`; after it, all is as before.
 

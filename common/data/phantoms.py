@@ -7,13 +7,12 @@ nothing about a method's worth on patients. Exact phantoms with known projection
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from common import seeds
 from common.data import _abdomen, _head
 from common.data._canvas import Draws
 
@@ -47,20 +46,9 @@ def generate(kind: str, count: int, size: int, seed: int) -> Tensor:
         raise ValueError(f"expected count >= 0, size >= 8 and seed >= 0; got {count}, {size} and {seed}")
     at_once = max(1, _PIXELS_AT_ONCE // size**2)
     image = torch.empty(count, size, size)
-    with _one_thread():
+    with seeds.one_thread():
         for start in range(0, count, at_once):
             # whole batches always: vectorised pow rounds a tensor's last elements differently
             batch = _MODULES[kind].slices(Draws(kind, range(start, start + at_once), seed), size)
             image[start : start + at_once] = batch[: count - start]
     return image
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Many tiny operations: waking a second thread for each costs far more than it brings, above all on a busy host."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

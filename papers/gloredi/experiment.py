@@ -84,6 +84,7 @@ def parameter_count(network: nn.Module) -> int:
     return sum(p.numel() for part in parts for p in part.parameters())
 
 
+@seeds.one_thread()  # networks as small as ours only lose by a second one, and a GPU has no use for it
 def fit(
     params: Params,
     arm: Arm,

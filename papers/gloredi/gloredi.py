@@ -255,7 +255,7 @@ for name, chosen in method.VARIANTS.items():
 # ## 4. The experiment
 #
 # Every arm is trained with every seed. Arms of one seed see the same images in the same order and, where they share
-# layers, start from the same weights, so differences are paired. A finished training is kept: after an interruption
+# layers, start from the same weights, so differences are paired. Finished trainings are kept: after an interruption
 # this notebook goes on where it stopped.
 
 # %%
@@ -280,13 +280,14 @@ for (arm, v, seed), result in trained.items():
 fig, ax = plt.subplots(figsize=(7.5, 4))
 for color, line, arm in zip(plots.COLORS, plots.LINES, params.arms, strict=False):
     losses = [trained[arm, main, seed]["curves"]["pixel"] for seed in params.seeds]
-    smooth = torch.tensor([[value for _, value in run] for run in losses]).unfold(1, 5, 1).mean(2)  # [seeds, T-4]
-    at = [step for step, _ in losses[0]][4:]
+    width = min(5, len(losses[0]))
+    smooth = torch.tensor([[value for _, value in run] for run in losses]).unfold(1, width, 1).mean(2)
+    at = [step for step, _ in losses[0]][width - 1 :]
     ax.plot(at, smooth.T, color=color, alpha=0.25, linewidth=0.8)
     ax.plot(at, smooth.mean(0), color=color, linestyle=line, label=arm_of[arm].label)
 ax.set(yscale="log", xlabel="step", ylabel="pixel loss of the student", title=f"training at {main} views")
 ax.legend(ncols=2)
-record.figure("training", fig, f"Pixel loss at {main} views, mean of five steps: thick the mean, thin the seeds.")
+record.figure("training", fig, f"Pixel loss at {main} views, smoothed: thick the mean, thin the seeds.")
 
 # %% [markdown]
 # ### Two baselines without any training
@@ -335,7 +336,7 @@ for name, row in psnr.items():
     print(f"{names[name]:18s}", *(f"{v:4d} views {sum(x) / len(x):6.2f} dB" for v, x in row.items()))
 
 # %% [markdown]
-# First by eye: the same slice by every method, in one window, and below each image its error against the target.
+# By eye: the same slice by every method, in one window, and below each its error against the target.
 
 # %%
 columns = ["fbp", "tv", *(arm for arm in ("unet", "plain", "fourier", "gloredi") if arm in params.arms)]
@@ -408,7 +409,7 @@ if params.tooth:
         value = evaluation.scores(cleaned[arm, v, seed], reference)["psnr"].mean()
         record.metric("tooth_psnr", value, variant=f"{arm}/{v}", seed=seed)
 else:
-    print("left out: this profile uses no real data. --set tooth=true adds it")
+    print("left out: no real data at this profile. --set tooth=true adds it")
 
 # %%
 if params.tooth:

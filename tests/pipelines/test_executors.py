@@ -72,7 +72,9 @@ def test_closing_stops_jobs_and_their_children_in_sessions_of_their_own(tmp_path
     running.close()  # type: ignore[attr-defined]
     assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
     assert not [
-        p for p in psutil.Process(os.getpid()).children(recursive=True) if "time.sleep(300)" in str(p.cmdline())
+        p
+        for p in psutil.Process(os.getpid()).children(recursive=True)
+        if p.status() != psutil.STATUS_ZOMBIE and "time.sleep(300)" in str(p.cmdline())
     ]
 
 

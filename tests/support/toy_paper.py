@@ -7,6 +7,7 @@ misbehave in the ways a real one might; with no seeds it needs neither torch nor
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,7 +159,7 @@ def run(root: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess
 
 
 def start(root: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
-    """`python -m ...` in the house, left running."""
+    """`python -m ...` in the house, left running; it hears Ctrl-C even where the tests run in the background."""
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=root,
@@ -166,4 +167,5 @@ def start(root: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
