@@ -114,7 +114,9 @@ class PointCloud:
         return replace(self, **{name: value[which] for name, value in taken.items() if value is not None})
 
     def seen_by(self, views: Iterable[str], *, at_least: int = 2) -> PointCloud:
-        """The points that `at_least` of the named views saw. With two, no other view was needed to find the point.
+        """The points that `at_least` of the named views saw; of their tracks, only these views are kept.
+
+        With two, no other view was needed to find the point.
 
         Raises ValueError where the tracks are not known or a name is not among view_names.
         """
@@ -125,7 +127,8 @@ class PointCloud:
         if unknown:
             raise ValueError(f"PointCloud.seen_by: no view {unknown[0]!r}; the points know {list(self.view_names)}.")
         columns = [self.view_names.index(name) for name in wanted]
-        return self.select(self.seen[:, columns].sum(dim=1) >= at_least)
+        known = replace(self, view_names=tuple(wanted), seen=self.seen[:, columns])
+        return known.select(self.seen[:, columns].sum(dim=1) >= at_least)
 
     def to(self, device: torch.device | str) -> PointCloud:
         """The same points on `device`."""
@@ -143,7 +146,8 @@ class Scene:
     background    [3] float32, 0..1: the colour behind the scene, or None where the views show none
     allow_single  a single training view is accepted
 
-    Raises ValueError for fewer than two training views (one with allow_single), and for a name that occurs twice.
+    Raises ValueError for fewer than two training views (one with allow_single), a name that occurs twice, and an empty
+    point cloud.
     """
 
     name: str
@@ -166,6 +170,8 @@ class Scene:
                 f"scene {self.name}: view {twice[0]!r} occurs twice ({len(twice)} such names); training and test views "
                 "must not share one."
             )
+        if self.points is not None and len(self.points) == 0:
+            raise ValueError(f"scene {self.name}: the point cloud is empty; expected points, or None.")
         if self.background is not None and tuple(self.background.shape) != (3,):
             raise ValueError(f"scene {self.name}: background is [3]; got {list(self.background.shape)}.")
 
