@@ -13,7 +13,7 @@ from torch import Tensor
 from common.splatting.cameras import Camera
 from common.splatting.scene import View
 
-__all__ = ["IMAGE_SUFFIXES", "image_files", "image_folder", "load_view", "read_pixels"]
+__all__ = ["IMAGE_SUFFIXES", "image_files", "image_folder", "image_size", "load_view", "read_pixels"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 BLACK = (0.0, 0.0, 0.0)
@@ -75,6 +75,19 @@ def load_view(
     return view.resized(max(1, round(width / shrink)), max(1, round(height / shrink)))
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as it is stored. Raises as `read_pixels`."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image; {_neighbours(path)}.")
+    try:
+        with Image.open(path) as stored:
+            return stored.size
+    except UnidentifiedImageError:
+        raise _unreadable(path) from None
+
+
 def read_pixels(path: Path, *, like: tuple[int, int] | None = None) -> np.ndarray:
     """[H, W, 3] or, with transparency, [H, W, 4] uint8 of an image file.
 
@@ -94,7 +107,7 @@ def read_pixels(path: Path, *, like: tuple[int, int] | None = None) -> np.ndarra
             has_alpha = stored.mode in ("LA", "RGBA", "PA") or "transparency" in stored.info
             return np.array(_eight_bits(stored).convert("RGBA" if has_alpha else "RGB"))
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image that can be read; {path.stat().st_size} bytes. Get it again.") from None
+        raise _unreadable(path) from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: the image cannot be read ({error}). Get it again, or save it as PNG.") from error
 
@@ -111,6 +124,10 @@ def _eight_bits(image: Any) -> Any:
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+
+
+def _unreadable(path: Path) -> ValueError:
+    return ValueError(f"{path}: not an image that can be read; {path.stat().st_size} bytes. Get it again.")
 
 
 def _neighbours(path: Path) -> str:

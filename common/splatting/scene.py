@@ -198,6 +198,8 @@ class Scene:
         """The scene with all images smaller by `factor` >= 1 (sizes are rounded)."""
         if not factor >= 1:
             raise ValueError(f"scene {self.name}: shrunk takes a factor >= 1; got {factor}.")
+        if factor == 1:
+            return self
         train, test = (
             tuple(view.resized(round(view.camera.width / factor), round(view.camera.height / factor)) for view in views)
             for views in (self.train, self.test)
