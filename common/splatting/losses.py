@@ -1,0 +1,217 @@
+"""Losses of Gaussian splatting: photometric (L1 and D-SSIM), Pearson correlation of depths, and smoothness.
+
+Images are [H, W, C] in 0..1, depths [H, W]. All losses are means, lower is better, and return a scalar tensor.
+
+D-SSIM is 1 - SSIM in the form of 3DGS: Gaussian window of 11 pixels, sigma 1.5, zeros around the image, constants
+0.01^2 and 0.03^2, mean over all pixels and channels. It is the dearest part of a training step outside the rasterizer,
+so `photometric` has a gradient of its own: SSIM is a function of three window means of the render (of x, x^2 and x y),
+and since the window is symmetric, the gradient takes three more window means and nothing else. The window means of the
+photograph never change and live in `Target` (twice its memory more).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Target",
+    "edge_aware_smoothness",
+    "pearson",
+    "pearson_patches",
+    "photometric",
+    "ssim",
+    "total_variation",
+]
+
+WINDOW, SIGMA = 11, 1.5  # pixels
+C1, C2 = 0.01**2, 0.03**2
+
+
+class Target:
+    """A photograph prepared for `photometric`.
+
+    image   [H, W, C], 0..1
+    weight  [H, W], 0..1, or None for 1 everywhere. A pixel of weight w counts w times, and its render is moved towards
+            the photograph by 1 - w before the windows see it: what is under a weight of 0 leaks into no neighbour
+
+    Raises ValueError where the shapes do not fit, or no weight is positive.
+    """
+
+    def __init__(self, image: Tensor, weight: Tensor | None = None):
+        if image.ndim != 3 or not image.is_floating_point():
+            raise ValueError(f"Target: image is [H, W, C], floating point; got {image.dtype} {list(image.shape)}.")
+        if weight is not None and (weight.shape != image.shape[:2] or not bool((weight > 0).any())):
+            raise ValueError(
+                f"Target: weight is {list(image.shape[:2])} with a positive value somewhere; got {list(weight.shape)}. "
+                "Leave views out that show nothing of the scene."
+            )
+        self.image = image.detach().contiguous()
+        self.weight = None if weight is None else weight.detach()[..., None].to(image.dtype)  # [H, W, 1]
+        self.mean, square = _window_means(torch.stack([self.image, self.image.square()]))
+        self.variance_term = square - self.mean.square() + C2
+
+
+def photometric(image: Tensor, target: Target | Tensor, *, dssim: float = 0.2) -> Tensor:
+    """(1 - dssim) L1 + dssim (1 - SSIM): the loss of 3DGS.
+
+    image   [H, W, C] render, any range
+    dssim   the share of D-SSIM, 0..1
+
+    Raises ValueError for images of two shapes. Differentiable once, with respect to `image`.
+    """
+    if not isinstance(target, Target):
+        target = Target(target)
+    if image.shape != target.image.shape:
+        raise ValueError(
+            f"photometric: the render is {list(image.shape)}, the photograph {list(target.image.shape)}; render with "
+            "the photograph's camera."
+        )
+    if target.weight is not None:
+        image = torch.lerp(target.image, image, target.weight)
+    return _Photometric.apply(image, target, dssim)  # pyright: ignore[reportReturnType]
+
+
+def ssim(image: Tensor, target: Target | Tensor) -> Tensor:
+    """SSIM in the form of 3DGS, differentiable as `photometric` is. For scores use common.metrics.image (float64)."""
+    return 1 - photometric(image, target, dssim=1.0)
+
+
+def pearson(depth: Tensor, reference: Tensor, weight: Tensor | None = None) -> Tensor:
+    """1 - the correlation of two depth maps, 0..2: blind to the unknown scale and shift of a monocular depth.
+
+    depth, reference  [..., H, W]; the mean over the leading dimensions is taken
+    weight            [..., H, W] >= 0, for instance 0 where the reference knows nothing
+
+    A constant map correlates with nothing: its loss is 1 and its gradient 0. Negate or invert a disparity first.
+    """
+    if depth.shape != reference.shape or (weight is not None and weight.shape != depth.shape):
+        raise ValueError(
+            f"pearson: depth, reference (and weight) have one shape; got {list(depth.shape)}, {list(reference.shape)}"
+            f"{'' if weight is None else f', {list(weight.shape)}'}."
+        )
+    a, b = depth.flatten(-2), reference.flatten(-2)
+    w = torch.ones_like(a) if weight is None else weight.flatten(-2)
+    w = w / w.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    a = a - (w * a).sum(dim=-1, keepdim=True)
+    b = b - (w * b).sum(dim=-1, keepdim=True)
+    covariance, variances = (w * a * b).sum(dim=-1), (w * a * a).sum(dim=-1) * (w * b * b).sum(dim=-1)
+    return (1 - covariance * variances.clamp_min(torch.finfo(a.dtype).tiny).rsqrt()).mean()
+
+
+def pearson_patches(
+    depth: Tensor, reference: Tensor, *, size: int, share: float = 0.5, generator: torch.Generator
+) -> Tensor:
+    """The mean of `pearson` over boxes of `size` pixels at random places (SparseGS, LM-Gaussian).
+
+    share   how many boxes: this share of those that fit beside each other, at least one
+
+    Raises ValueError for boxes larger than the map.
+    """
+    height, width = depth.shape
+    if not 2 <= size <= min(height, width):
+        raise ValueError(f"pearson_patches: boxes of {size} pixels, expected 2..{min(height, width)} in this map.")
+    count = max(1, int(share * (height // size) * (width // size)))
+
+    def corners(last: int) -> list[int]:
+        return torch.randint(last + 1, (count,), generator=generator, device=generator.device).tolist()
+
+    places = list(zip(corners(height - size), corners(width - size), strict=True))
+    boxes = [torch.stack([x[r : r + size, c : c + size] for r, c in places]) for x in (depth, reference)]
+    return pearson(*boxes)
+
+
+def total_variation(image: Tensor) -> Tensor:
+    """Mean absolute difference to the pixel below plus that to the right, of [H, W] or [H, W, C]."""
+    return (image[1:] - image[:-1]).abs().mean() + (image[:, 1:] - image[:, :-1]).abs().mean()
+
+
+def edge_aware_smoothness(depth: Tensor, image: Tensor) -> Tensor:
+    """`total_variation` of a depth [H, W], each difference times exp(-|difference of the image|) (Godard et al. 2017).
+
+    image: [H, W, C] 0..1; its differences are means over the channels. No gradient goes to it.
+    """
+    image = image.detach()
+    down = (image[1:] - image[:-1]).abs().mean(dim=-1)
+    right = (image[:, 1:] - image[:, :-1]).abs().mean(dim=-1)
+    return ((depth[1:] - depth[:-1]).abs() * torch.exp(-down)).mean() + (
+        (depth[:, 1:] - depth[:, :-1]).abs() * torch.exp(-right)
+    ).mean()
+
+
+class _Photometric(torch.autograd.Function):
+    """The gradient is made in forward, where all it needs is at hand, and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, target: Target, dssim: float) -> Tensor:
+        x, y = image.detach(), target.image
+        share = 1 / x.numel() if target.weight is None else target.weight / (target.weight.sum() * x.shape[-1])
+        difference = x - y
+        gradient = difference.sign().mul_((1 - dssim) * share)
+        loss = difference.abs_().mul_((1 - dssim) * share).sum()
+        if dssim:
+            value, ssim_gradient = _ssim(x, target, share, ctx.needs_input_grad[0])
+            loss = loss + dssim * (1 - value)
+            gradient.sub_(ssim_gradient, alpha=dssim)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None
+
+
+def _ssim(x: Tensor, target: Target, share: Tensor | float, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """sum(share * SSIM map) and its gradient with respect to x [H, W, C] (zeros if not wanted).
+
+    SSIM = a b / (c d) with a = 2 mx my + C1, b = 2 (xy - mx my) + C2, c = mx^2 + my^2 + C1, d = vx + vy + C2 and
+    vx = xx - mx^2, where mx, my, xx and xy are window means of x, y, x^2 and x y.
+    """
+    y, my = target.image, target.mean
+    moments = x.new_empty(3, *x.shape)
+    moments[0] = x
+    torch.mul(x, x, out=moments[1])
+    torch.mul(x, y, out=moments[2])
+    mx, xx, xy = _window_means(moments)
+
+    product, square = mx * my, mx * mx
+    c, d = torch.addcmul(square, my, my).add_(C1), xx.sub_(square).add_(target.variance_term)
+    a, b = product.mul(2).add_(C1), xy.sub_(product).mul_(2).add_(C2)
+    inverse = torch.mul(c, d).reciprocal_()
+    ssim_map = torch.mul(a, b).mul_(inverse)
+    value = (ssim_map * share).sum()
+    if not with_gradient:
+        return value, torch.zeros_like(x)
+
+    # derivatives by xy, by xx, and by mx at fixed xy and xx
+    by_xx = (ssim_map / d).neg_()
+    by_mx = torch.sub(b, a).mul_(inverse).mul_(my).sub_((ssim_map / c).add_(by_xx).mul_(mx)).mul_(2)
+    by_xy = a.mul_(inverse).mul_(2)
+    for slot, derivative in zip(moments, (by_mx, by_xx, by_xy), strict=True):
+        torch.mul(derivative, share, out=slot)
+    from_mx, from_xx, from_xy = _window_means(moments)  # the window is symmetric: its adjoint is itself
+    return value, from_mx.add_(from_xx.mul_(x), alpha=2).addcmul_(from_xy, y)
+
+
+def _window_means(images: Tensor) -> Tensor:
+    """Gaussian window means of [M, H, W, C] with zeros around, as sums of shifted copies.
+
+    On a CPU that is as fast as torch's best convolution here (depthwise, channels last) and needs no layout change.
+    """
+    _, height, width, channels = images.shape
+    weights = [math.exp(-0.5 * (offset / SIGMA) ** 2) for offset in range(-(WINDOW // 2), WINDOW // 2 + 1)]
+    weights = [weight / sum(weights) for weight in weights[WINDOW // 2 :]]  # the middle one and those to one side
+    means = images.flatten(2)  # [M, H, W C]
+    for dim, length, step in ((1, height, 1), (2, width * channels, channels)):
+        source, means = means, means * weights[0]
+        for offset, weight in enumerate(weights[1:], start=1):
+            kept = length - offset * step
+            if kept > 0:
+                means.narrow(dim, offset * step, kept).add_(source.narrow(dim, 0, kept), alpha=weight)
+                means.narrow(dim, 0, kept).add_(source.narrow(dim, offset * step, kept), alpha=weight)
+    return means.view_as(images)
