@@ -17,6 +17,7 @@ from kernels._load import KernelUnavailable, native
 
 FORCE = "KERNELS_BACKEND"
 REFERENCE, CPU, TRITON = BACKENDS = ("reference", "cpu", "triton")
+GSPLAT = "gsplat"  # no kernel of ours: what serves CUDA where a well-kept library does it already
 
 # op -> the backend that runs for (device type, dtype) when none is forced. `cpu` is the compiled C++ module, `triton`
 # the GPU kernels; float64 is for checking gradients, and the readable reference does that best.
@@ -27,11 +28,17 @@ TABLE: dict[str, dict[tuple[str, torch.dtype], str]] = {
         ("cpu", torch.float64): REFERENCE,
         ("cuda", torch.float64): REFERENCE,
     },
+    "splat": {
+        ("cpu", torch.float32): CPU,
+        ("cuda", torch.float32): GSPLAT,
+        ("cpu", torch.float64): REFERENCE,
+        ("cuda", torch.float64): REFERENCE,
+    },
 }
 
 
 def backend_for(device: torch.device, dtype: torch.dtype, op: str) -> str:
-    """The backend that runs `op` (a key of TABLE) on tensors of this device and dtype: reference, cpu or triton.
+    """The backend that runs `op` (a key of TABLE) on such tensors: reference, cpu, triton or gsplat.
 
     Raises TypeError for a dtype the op does not take; ValueError for an unknown KERNELS_BACKEND; KernelUnavailable
     where no backend serves the device, where the forced one does not serve this input, or where it is not installed.
@@ -52,6 +59,11 @@ def backend_for(device: torch.device, dtype: torch.dtype, op: str) -> str:
     if backend == CPU:
         _check_serves(backend, op, device, dtype, device.type == "cpu" and dtype != torch.float64)
         native()
+    elif backend == TRITON and TRITON not in rows.values():
+        raise KernelUnavailable(
+            f"kernels.{op}: got {FORCE}=triton, and there are no Triton kernels of this op; unset {FORCE}: on CUDA it "
+            f"calls {rows[('cuda', dtype)]}"
+        )
     elif backend == TRITON:
         interpreted = device.type == "cpu" and _interprets()
         _check_serves(backend, op, device, dtype, (device.type == "cuda" or interpreted) and dtype != torch.float64)

@@ -12,6 +12,7 @@ struct Avx2 {
     static constexpr int N = 8;
     using F = __m256;
     using I = __m256i;
+    using M = __m256;
 
     static F zero() { return _mm256_setzero_ps(); }
     static F set(float x) { return _mm256_set1_ps(x); }
@@ -47,6 +48,38 @@ struct Avx2 {
         return _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xd8));
     }
     static F reverse(F a) { return permute(a, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0)); }
+
+    static F min(F a, F b) { return _mm256_min_ps(a, b); }
+    static F sqrt(F a) { return _mm256_sqrt_ps(a); }
+    static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+    static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+    static M at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+    static M both(M a, M b) { return _mm256_and_ps(a, b); }
+    static bool any(M m) { return _mm256_movemask_ps(m) != 0; }
+    static F keep(M m, F a) { return _mm256_and_ps(m, a); }
+    static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+    static I keep(M m, I a) { return _mm256_and_si256(_mm256_castps_si256(m), a); }
+    static I shift_left(I a, I by) { return _mm256_sllv_epi32(a, by); }
+    static I quarter(I a) { return _mm256_srai_epi32(a, 2); }
+    static I either(I a, I b) { return _mm256_or_si256(a, b); }
+    static uint32_t either_lane(I a) {
+        __m128i x = _mm_or_si128(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+        x = _mm_or_si128(x, _mm_shuffle_epi32(x, 0x4e));
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_or_si128(x, _mm_shuffle_epi32(x, 0xb1))));
+    }
+    static F add_exponent(F a, F n) {
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+    }
+    static float sum(F a) {
+        __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+        return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+    }
+    static void sums8(const F* a, float* out) {
+        const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+        const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+        store(out, _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31)));
+    }
 };
 
 } // namespace

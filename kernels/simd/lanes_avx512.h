@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "lanes_avx2.h"
+
 namespace kernels::simd {
 namespace { // one copy for each translation unit: code for this instruction set must not leak to others at link time
 
@@ -13,6 +15,7 @@ struct Avx512 {
     static constexpr int N = 16;
     using F = __m512;
     using I = __m512i;
+    using M = __mmask16;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float x) { return _mm512_set1_ps(x); }
@@ -51,6 +54,33 @@ struct Avx512 {
     static F reverse(F a) {
         return permute(a, _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
     }
+
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+    static F abs(F a) { return _mm512_abs_ps(a); }
+    static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+    static M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+    static M both(M a, M b) { return static_cast<M>(a & b); }
+    static bool any(M m) { return m != 0; }
+    static F keep(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
+    static F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+    static I keep(M m, I a) { return _mm512_maskz_mov_epi32(m, a); }
+    static I shift_left(I a, I by) { return _mm512_sllv_epi32(a, by); }
+    static I quarter(I a) { return _mm512_srai_epi32(a, 2); }
+    static I either(I a, I b) { return _mm512_or_si512(a, b); }
+    static uint32_t either_lane(I a) { return static_cast<uint32_t>(_mm512_reduce_or_epi32(a)); }
+    static F add_exponent(F a, F n) {
+        return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+    }
+    static float sum(F a) { return Avx2::sum(half(a)); }
+    static void sums8(const F* a, float* out) {
+        __m256 halves[8];
+        for (int i = 0; i < 8; ++i) halves[i] = half(a[i]);
+        Avx2::sums8(halves, out);
+    }
+
+private:
+    static __m256 half(F a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 };
 
 } // namespace

@@ -19,6 +19,9 @@ struct Emulated {
     struct I {
         int32_t lane[N];
     };
+    struct M {
+        bool lane[N];
+    };
 
     template <class Out, class Body>
     static Out each(Body body) {
@@ -87,6 +90,59 @@ struct Emulated {
         });
     }
     KERNELS_EMULATED F reverse(const F& a) { return each<F>([&](int i) { return a.lane[N - 1 - i]; }); }
+
+    KERNELS_EMULATED F min(const F& a, const F& b) { return each<F>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+    KERNELS_EMULATED F sqrt(const F& a) { return each<F>([&](int i) { return std::sqrt(a.lane[i]); }); }
+    KERNELS_EMULATED F abs(const F& a) { return each<F>([&](int i) { return std::fabs(a.lane[i]); }); }
+    // false where either is NaN
+    KERNELS_EMULATED M greater(const F& a, const F& b) { return each<M>([&](int i) { return a.lane[i] > b.lane[i]; }); }
+    KERNELS_EMULATED M at_least(const F& a, const F& b) { return each<M>([&](int i) { return a.lane[i] >= b.lane[i]; }); }
+    KERNELS_EMULATED M both(const M& a, const M& b) { return each<M>([&](int i) { return a.lane[i] && b.lane[i]; }); }
+    KERNELS_EMULATED bool any(const M& m) {
+        for (bool x : m.lane)
+            if (x) return true;
+        return false;
+    }
+    // a where m, else zero; a where m, else b
+    KERNELS_EMULATED F keep(const M& m, const F& a) { return each<F>([&](int i) { return m.lane[i] ? a.lane[i] : 0.0f; }); }
+    KERNELS_EMULATED I keep(const M& m, const I& a) { return each<I>([&](int i) { return m.lane[i] ? a.lane[i] : 0; }); }
+    KERNELS_EMULATED F select(const M& m, const F& a, const F& b) { return each<F>([&](int i) { return m.lane[i] ? a.lane[i] : b.lane[i]; }); }
+    // zero where the count is not 0..31
+    KERNELS_EMULATED I shift_left(const I& a, const I& by) {
+        return each<I>([&](int i) {
+            return by.lane[i] < 0 || by.lane[i] > 31 ? 0 : static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) << by.lane[i]);
+        });
+    }
+    KERNELS_EMULATED I quarter(const I& a) { return each<I>([&](int i) { return a.lane[i] >> 2; }); } // rounded down
+    KERNELS_EMULATED I either(const I& a, const I& b) { return each<I>([&](int i) { return a.lane[i] | b.lane[i]; }); }
+    // the or of all lanes
+    KERNELS_EMULATED uint32_t either_lane(const I& a) {
+        uint32_t out = 0;
+        for (int32_t x : a.lane) out |= static_cast<uint32_t>(x);
+        return out;
+    }
+    // a 2^n, where the low bits of n's pattern hold an integer n, and a and the product are normal numbers
+    KERNELS_EMULATED F add_exponent(const F& a, const F& n) {
+        return each<F>([&](int i) {
+            uint32_t bits, exponent;
+            std::memcpy(&bits, &a.lane[i], sizeof bits);
+            std::memcpy(&exponent, &n.lane[i], sizeof exponent);
+            bits += exponent << 23;
+            float out;
+            std::memcpy(&out, &bits, sizeof out);
+            return out;
+        });
+    }
+    // the sum of the lanes, halves first; of eight vectors
+    KERNELS_EMULATED float sum(const F& a) {
+        F x = a;
+        for (int half = N / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
+        return x.lane[0];
+    }
+    KERNELS_EMULATED void sums8(const F* a, float* out) {
+        for (int i = 0; i < 8; ++i) out[i] = sum(a[i]);
+    }
 
 private:
     static int32_t convert(float x) {

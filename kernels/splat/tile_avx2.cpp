@@ -1,0 +1,12 @@
+// The tiles over Avx2 lanes. This file alone is compiled with their flags; run only where the processor has them.
+#include "../simd/lanes_avx2.h"
+#include "tile_simd.h"
+
+namespace kernels::splat {
+
+const TileOps& avx2_tile_ops() {
+    static const TileOps ops = simd_tile_ops<simd::Avx2>("avx2");
+    return ops;
+}
+
+} // namespace kernels::splat

@@ -1,0 +1,12 @@
+// The tiles over Avx512 lanes. This file alone is compiled with their flags; run only where the processor has them.
+#include "../simd/lanes_avx512.h"
+#include "tile_simd.h"
+
+namespace kernels::splat {
+
+const TileOps& avx512_tile_ops() {
+    static const TileOps ops = simd_tile_ops<simd::Avx512>("avx512");
+    return ops;
+}
+
+} // namespace kernels::splat
