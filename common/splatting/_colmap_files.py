@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.splatting.errors import SceneError
+
 __all__ = ["MODELS", "ColmapCamera", "ColmapImage", "ColmapModel", "ColmapPoints", "find_model", "read_model"]
 
 # name -> (number in binary files, parameters)
@@ -106,7 +108,7 @@ def find_model(folder: Path) -> Path | None:
 def read_model(folder: str | Path) -> ColmapModel:
     """The COLMAP model in `folder`, from binary files or, where there are none, from text.
 
-    Raises FileNotFoundError where a file is missing; ValueError, naming file and place, where one is cut short, has
+    Raises FileNotFoundError where a file is missing; SceneError, naming file and place, where one is cut short, has
     more than it announces, or refers to what is not there.
     """
     folder = Path(folder)
@@ -120,13 +122,13 @@ def read_model(folder: str | Path) -> ColmapModel:
     model = ColmapModel(folder, cameras, images, points)
     for image in images.values():
         if image.camera_id not in cameras:
-            raise ValueError(
+            raise SceneError(
                 f"{files['images']}: image {image.name!r} has camera {image.camera_id}, but there are only "
                 f"{sorted(cameras)}; the files are not of one model."
             )
     strangers = np.setdiff1d(points.track_images, np.array(sorted(images), dtype=np.int64))
     if len(strangers):
-        raise ValueError(
+        raise SceneError(
             f"{files['points3D']}: tracks name image {strangers[0]}, which images does not have "
             f"({len(strangers)} such); the files are not of one model."
         )
@@ -178,14 +180,14 @@ class _Bytes:
 
     def need(self, size: int) -> None:
         if self.at + size > len(self.data):
-            raise ValueError(
+            raise SceneError(
                 f"{self.path}: ends after {len(self.data)} bytes in the middle of a record that starts before byte "
                 f"{self.at}; the file is truncated or not COLMAP's. Get it again."
             )
 
     def finish(self) -> None:
         if self.at != len(self.data):
-            raise ValueError(
+            raise SceneError(
                 f"{self.path}: {len(self.data)} bytes, but the records it announces end at byte {self.at}; the file is "
                 "damaged or of another format. Get it again."
             )
@@ -200,7 +202,7 @@ def _cameras(stream: _Bytes) -> dict[int, ColmapCamera]:
     for _ in range(stream.take("Q")[0]):
         number, model, width, height = stream.take("IiQQ")
         if model not in NAMES:
-            raise ValueError(
+            raise SceneError(
                 f"{stream.path}: camera {number} has model number {model}; known are 0 to {max(NAMES)}. The file is "
                 "damaged, or newer than this reader."
             )
@@ -240,8 +242,8 @@ class _Lines:
     def filled(self) -> Iterator[tuple[int, list[str]]]:
         return ((number, words) for number, words in self.lines if words)
 
-    def wrong(self, number: int, expected: str) -> ValueError:
-        return ValueError(f"{self.path}, line {number}: expected {expected}. The file is damaged or of another format.")
+    def wrong(self, number: int, expected: str) -> SceneError:
+        return SceneError(f"{self.path}, line {number}: expected {expected}. The file is damaged or of another format.")
 
 
 def _text_cameras(lines: _Lines) -> dict[int, ColmapCamera]:

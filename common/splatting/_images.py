@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.splatting.cameras import Camera
+from common.splatting.errors import SceneError
 from common.splatting.scene import View
 
 __all__ = ["IMAGE_SUFFIXES", "image_files", "image_folder", "image_size", "load_view", "read_pixels"]
@@ -31,7 +32,7 @@ def image_folder(root: Path, factor: float, images: str = "images") -> tuple[Pat
     Raises FileNotFoundError where there is neither `images` nor `images_<factor>`.
     """
     if not factor >= 1:
-        raise ValueError(f"{root}: factor is how much smaller the images shall be, >= 1; got {factor}.")
+        raise SceneError(f"{root}: factor is how much smaller the images shall be, >= 1; got {factor}.")
     reduced = root / f"{images}_{factor:g}"
     if factor > 1 and reduced.is_dir():
         return reduced, 1.0
@@ -53,14 +54,14 @@ def load_view(
     full size), as long as both sides shrink alike to the pixel. An alpha channel becomes the mask, and the colour is
     composited on `background`.
 
-    Raises FileNotFoundError, and ValueError where the file is not readable or its size does not fit the camera.
+    Raises FileNotFoundError, and SceneError where the file is not readable or its size does not fit the camera.
     """
     pixels = torch.from_numpy(read_pixels(path, like=(camera.width, camera.height)))
     height, width = pixels.shape[:2]
     scale = max(width / camera.width, height / camera.height)
     # a factor rounds each side to whole pixels, up or down: one pixel of play
     if abs(width - camera.width * scale) > 1 or abs(height - camera.height * scale) > 1:
-        raise ValueError(
+        raise SceneError(
             f"{path}: {width} x {height} pixels, but its camera has {camera.width} x {camera.height}, another shape of "
             "picture. Expected the image that was posed, or the same at another scale; a crop needs new intrinsics."
         )
@@ -94,7 +95,7 @@ def read_pixels(path: Path, *, like: tuple[int, int] | None = None) -> np.ndarra
     EXIF orientation: the image is turned upright, except where only the picture as stored has the proportions of
     `like` (width, height): solvers such as COLMAP look at the stored pixels and pose those.
 
-    Raises FileNotFoundError, and ValueError where the file is no image that Pillow reads, or is cut short.
+    Raises FileNotFoundError, and SceneError where the file is no image that Pillow reads, or is cut short.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -109,7 +110,7 @@ def read_pixels(path: Path, *, like: tuple[int, int] | None = None) -> np.ndarra
     except UnidentifiedImageError:
         raise _unreadable(path) from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: the image cannot be read ({error}). Get it again, or save it as PNG.") from error
+        raise SceneError(f"{path}: the image cannot be read ({error}). Get it again, or save it as PNG.") from error
 
 
 def _same_shape(size: tuple[int, int], like: tuple[int, int]) -> bool:
@@ -126,8 +127,8 @@ def _eight_bits(image: Any) -> Any:
     return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
 
 
-def _unreadable(path: Path) -> ValueError:
-    return ValueError(f"{path}: not an image that can be read; {path.stat().st_size} bytes. Get it again.")
+def _unreadable(path: Path) -> SceneError:
+    return SceneError(f"{path}: not an image that can be read; {path.stat().st_size} bytes. Get it again.")
 
 
 def _neighbours(path: Path) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from common.splatting.errors import SceneError
+
 __all__ = ["Camera", "interpolate", "intrinsics", "look_at", "orbit", "path_through", "spiral"]
 
 Vector = Tensor | Sequence[float]
@@ -28,7 +30,7 @@ class Camera:
     K        [3, 3] float32 in pixels, pixel centres at index + 0.5
     width, height  of its image in pixels
 
-    Raises ValueError where a shape is wrong, a value is not finite, the rotation is none (or a mirror image), or a
+    Raises SceneError where a shape is wrong, a value is not finite, the rotation is none (or a mirror image), or a
     focal length or a size is not positive.
     """
 
@@ -41,18 +43,18 @@ class Camera:
         for name, shape in (("viewmat", (4, 4)), ("K", (3, 3))):
             matrix = getattr(self, name)
             if tuple(matrix.shape) != shape or matrix.dtype != torch.float32 or not torch.isfinite(matrix).all():
-                raise ValueError(
+                raise SceneError(
                     f"Camera: {name} is a finite float32 {list(shape)}; got {matrix.dtype} {list(matrix.shape)}"
                     f"{'' if torch.isfinite(matrix).all() else ' with NaN or Inf'}."
                 )
         if self.width < 1 or self.height < 1:
-            raise ValueError(f"Camera: width and height are in pixels, >= 1; got {self.width} x {self.height}.")
+            raise SceneError(f"Camera: width and height are in pixels, >= 1; got {self.width} x {self.height}.")
         if not (self.K[0, 0] > 0 and self.K[1, 1] > 0):
-            raise ValueError(f"Camera: focal lengths are positive; got fx {self.K[0, 0]:.4g}, fy {self.K[1, 1]:.4g}.")
+            raise SceneError(f"Camera: focal lengths are positive; got fx {self.K[0, 0]:.4g}, fy {self.K[1, 1]:.4g}.")
         rotation = self.viewmat[:3, :3].double().cpu()
         off = (rotation @ rotation.T - torch.eye(3, dtype=torch.float64)).abs().max()
         if off > ROTATION_TOLERANCE or torch.linalg.det(rotation) < 0:
-            raise ValueError(
+            raise SceneError(
                 f"Camera: viewmat[:3, :3] is no rotation (|R R^T - I| up to {off:.2g}, determinant "
                 f"{torch.linalg.det(rotation):.3g}, expected 1). Check scale, axes and handedness of the poses."
             )
@@ -106,14 +108,14 @@ class Camera:
     def backproject(self, depth: Tensor) -> Tensor:
         """[H, W, 3] world points of a depth map [H, W] (distance along the optical axis)."""
         if tuple(depth.shape) != (self.height, self.width):
-            raise ValueError(f"backproject: depth is [{self.height}, {self.width}]; got {list(depth.shape)}.")
+            raise SceneError(f"backproject: depth is [{self.height}, {self.width}]; got {list(depth.shape)}.")
         return self.center + depth[..., None] * self.rays()
 
 
 def intrinsics(width: int, height: int, *, fov_x_rad: float) -> Tensor:
     """K [3, 3] of square pixels, principal point in the middle, `fov_x_rad` the angle between left and right border."""
     if not 0 < fov_x_rad < math.pi:
-        raise ValueError(f"intrinsics: fov_x_rad is an angle between 0 and pi; got {fov_x_rad}.")
+        raise SceneError(f"intrinsics: fov_x_rad is an angle between 0 and pi; got {fov_x_rad}.")
     focal = 0.5 * width / math.tan(0.5 * fov_x_rad)
     return torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], dtype=torch.float32)
 
@@ -121,13 +123,13 @@ def intrinsics(width: int, height: int, *, fov_x_rad: float) -> Tensor:
 def look_at(eye: Vector, target: Vector, up: Vector, K: Tensor, width: int, height: int) -> Camera:
     """The camera at `eye` whose optical axis meets `target`, with `up` pointing to the top of the image.
 
-    Raises ValueError where eye and target coincide, or the camera looks along `up`.
+    Raises SceneError where eye and target coincide, or the camera looks along `up`.
     """
     eye, target, up = (torch.as_tensor(v, dtype=torch.float64) for v in (eye, target, up))
     forward = target - eye
     right = torch.linalg.cross(forward, up)
     if forward.norm() == 0 or right.norm() <= 1e-9 * forward.norm() * up.norm():
-        raise ValueError(
+        raise SceneError(
             f"look_at: eye {eye.tolist()}, target {target.tolist()} and up {up.tolist()} leave the camera undefined; "
             "expected another eye, or an up that is not along the view."
         )
@@ -139,10 +141,10 @@ def look_at(eye: Vector, target: Vector, up: Vector, K: Tensor, width: int, heig
 def interpolate(a: Camera, b: Camera, t: float) -> Camera:
     """The camera a share `t` of the way from a to b: rotation by slerp, centre and K linearly.
 
-    Raises ValueError where the image sizes differ.
+    Raises SceneError where the image sizes differ.
     """
     if (a.width, a.height) != (b.width, b.height):
-        raise ValueError(
+        raise SceneError(
             f"interpolate: sizes differ ({a.width} x {a.height} and {b.width} x {b.height}); use Camera.resized first."
         )
     start, end = a.viewmat[:3, :3].double(), b.viewmat[:3, :3].double()
@@ -202,7 +204,7 @@ def spiral(cameras: Sequence[Camera], frames: int, *, focus: float, turns: int =
     """
     _check_path("spiral", cameras, frames, fewest=1)
     if not focus > 0:
-        raise ValueError(f"spiral: focus is a distance in front of the cameras, > 0; got {focus}.")
+        raise SceneError(f"spiral: focus is a distance in front of the cameras, > 0; got {focus}.")
     centers = torch.stack([camera.center for camera in cameras]).double()
     middle = centers.mean(dim=0)
     forward = torch.stack([camera.forward for camera in cameras]).double().mean(dim=0)
@@ -229,7 +231,7 @@ def _camera(rotation: Tensor, center: Tensor, K: Tensor, width: int, height: int
 
 def _check_path(name: str, cameras: Sequence[Camera], frames: int, *, fewest: int) -> None:
     if len(cameras) < fewest or frames < 1:
-        raise ValueError(f"{name}: got {len(cameras)} cameras and {frames} frames; expected {fewest} and 1 or more.")
+        raise SceneError(f"{name}: got {len(cameras)} cameras and {frames} frames; expected {fewest} and 1 or more.")
 
 
 def _focus(centers: Tensor, forwards: Tensor) -> Tensor:
@@ -237,7 +239,7 @@ def _focus(centers: Tensor, forwards: Tensor) -> Tensor:
     across = torch.eye(3, dtype=centers.dtype) - forwards[:, :, None] * forwards[:, None, :]  # removes the along part
     system = across.sum(dim=0)
     if torch.linalg.cond(system) > 1e9:
-        raise ValueError("orbit: all cameras look in the same direction, so there is nothing to go around; use spiral.")
+        raise SceneError("orbit: all cameras look in the same direction, so there is nothing to go around; use spiral.")
     return torch.linalg.solve(system, (across @ centers[:, :, None]).sum(dim=0)).squeeze(-1)
 
 

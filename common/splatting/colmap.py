@@ -14,6 +14,7 @@ from common.splatting import splits
 from common.splatting._colmap_files import ColmapCamera, ColmapImage, ColmapModel, find_model, read_model
 from common.splatting._images import IMAGE_SUFFIXES, image_folder, load_view
 from common.splatting.cameras import Camera
+from common.splatting.errors import SceneError
 from common.splatting.scene import PointCloud, Scene, View
 
 __all__ = ["ColmapModel", "Distortion", "find_model", "load_colmap", "model_camera", "model_points", "read_model"]
@@ -49,7 +50,7 @@ def load_colmap(
     The points are those whose track has at least two training views, None where no point is left. Their positions
     and colours were still fitted to all views that saw them; `sfm.triangulate` starts from the training views alone.
 
-    Raises FileNotFoundError for missing files, ValueError for damaged ones, for a camera with distortion, for images
+    Raises FileNotFoundError for missing files, SceneError for damaged ones, for a camera with distortion, for images
     that do not fit their camera, and for fewer than two training views (one with `allow_single`).
     """
     root = Path(folder)
@@ -83,15 +84,15 @@ def load_colmap(
 def model_camera(model: ColmapModel, image: ColmapImage, *, distortion: Distortion = "error") -> Camera:
     """The pinhole camera of one image of a model; `distortion` as in `load_colmap`.
 
-    Raises ValueError for a camera with distortion ("error"), or one that no pinhole comes near (fisheye and others).
+    Raises SceneError for a camera with distortion ("error"), or one that no pinhole comes near (fisheye and others).
     """
     source = model.cameras[image.camera_id]
     if distortion not in ("error", "ignore"):
-        raise ValueError(f"distortion is 'error' or 'ignore'; got {distortion!r}.")
+        raise SceneError(f"distortion is 'error' or 'ignore'; got {distortion!r}.")
     K = torch.tensor(_intrinsics(model, source, ignore=distortion == "ignore"), dtype=torch.float32)
     norm = np.linalg.norm(image.quaternion)
     if not (np.isfinite(norm) and norm > 0 and np.isfinite(image.translation).all()):
-        raise ValueError(f"{model.folder}: image {image.name!r} has no usable pose (quaternion {image.quaternion}).")
+        raise SceneError(f"{model.folder}: image {image.name!r} has no usable pose (quaternion {image.quaternion}).")
     viewmat = np.eye(4)
     viewmat[:3, :3] = _rotation(image.quaternion / norm)
     viewmat[:3, 3] = image.translation
@@ -126,7 +127,7 @@ def points_for(
 
     Returns None where no point is left.
 
-    Raises ValueError where the model poses the views elsewhere: its points are then not of this world.
+    Raises SceneError where the model poses the views elsewhere: its points are then not of this world.
     """
     model = read_model(folder)
     posed = sorted(model.images.values(), key=lambda image: image.name)
@@ -135,7 +136,7 @@ def points_for(
     if not matched and len(posed) == len(cameras):
         matched = dict(zip(cameras, posed, strict=True))
     if not set(train) <= set(matched):
-        raise ValueError(f"{folder}: none of its {len(posed)} images is called {sorted(set(train) - set(matched))[0]}.")
+        raise SceneError(f"{folder}: none of its {len(posed)} images is called {sorted(set(train) - set(matched))[0]}.")
     cloud = model_points(model)
     move = torch.eye(3, 4) if transform is None else transform
     centers = torch.stack([model_camera(model, image, distortion="ignore").center for image in matched.values()])
@@ -143,7 +144,7 @@ def points_for(
     off = (centers @ move[:, :3].T + move[:, 3] - expected).norm(dim=1).max()
     size = (expected - expected.mean(dim=0)).norm(dim=1).max()
     if off > SAME_PLACE * size:
-        raise ValueError(
+        raise SceneError(
             f"{folder}: its cameras stand up to {off:.3g} away from the scene's poses (which span {size:.3g}), so its "
             "points are of another world. Leave them out with points=False."
         )
@@ -159,14 +160,14 @@ def _intrinsics(model: ColmapModel, camera: ColmapCamera, *, ignore: bool) -> li
     elif camera.model in _TWO_FOCALS:
         (fx, fy, cx, cy), bent = camera.params[:4], camera.params[4:]
     else:
-        raise ValueError(
+        raise SceneError(
             f"{model.folder}: camera {camera.id} is {camera.model}, which no pinhole comes near; expected an "
             "undistorted model. Undistort it (colmap image_undistorter), or pose the photographs again (resparse scene "
             "pose)."
         )
     if any(bent) and not ignore:
         values = ", ".join(f"{value:.4g}" for value in bent)
-        raise ValueError(
+        raise SceneError(
             f"{model.folder}: camera {camera.id} is {camera.model} with distortion {values}; "
             "expected a pinhole. Undistort it (colmap image_undistorter), pose the photographs again (resparse scene "
             "pose), or accept the error with distortion='ignore'."

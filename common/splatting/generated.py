@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.splatting.cameras import Camera, intrinsics, look_at
+from common.splatting.errors import SceneError
 from common.splatting.raycast import ALL_LAMPS, Shape, Texture, World
 from common.splatting.scene import PointCloud, Scene, View
 
@@ -108,10 +109,10 @@ def surface_points(
     outliers  share 0..1 of the points put anywhere in the box around the others, 1.5 times as large; they keep colour,
               normal and (now wrong) track
 
-    Raises ValueError for values out of range.
+    Raises SceneError for values out of range.
     """
     if count < 1 or not views or not 0 <= outliers <= 1 or noise < 0:
-        raise ValueError(
+        raise SceneError(
             f"surface_points: got {count} points of {len(views)} views, noise {noise}, outliers {outliers}; expected "
             "1 or more of both, noise >= 0 and a share of outliers between 0 and 1."
         )

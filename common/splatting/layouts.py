@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from common.splatting._images import image_files
 from common.splatting.colmap import find_model, load_colmap
+from common.splatting.errors import SceneError
 from common.splatting.llff import load_llff
 from common.splatting.scene import Scene
 from common.splatting.transforms import load_blender, load_nerfstudio
@@ -40,7 +41,7 @@ def open_scene(
     """
     chosen = recognise(folder) if layout is None else layout
     if chosen not in _LOADERS:
-        raise ValueError(f"layout is one of {', '.join(get_args(Layout))}; got {layout!r}.")
+        raise SceneError(f"layout is one of {', '.join(get_args(Layout))}; got {layout!r}.")
     common = {"factor": factor, "views": views, "train": train, "test": test, "allow_single": allow_single}
     return _LOADERS[chosen](folder, **common, **options)
 
@@ -48,7 +49,7 @@ def open_scene(
 def recognise(folder: str | Path) -> Layout:
     """The layout of a folder. Where there are several, what describes the poses best comes first.
 
-    Raises FileNotFoundError for a folder that is not there; ValueError, saying what was found, for one in no known
+    Raises FileNotFoundError for a folder that is not there; SceneError, saying what was found, for one in no known
     layout.
     """
     root = Path(folder)
@@ -63,10 +64,10 @@ def recognise(folder: str | Path) -> Layout:
     if find_model(root):
         return "colmap"
     if any(root.glob("*split*.json")):
-        raise ValueError(f"{root}: a SpaRe folder, of many scenes; open one with common.splatting.spare.load_spare.")
+        raise SceneError(f"{root}: a SpaRe folder, of many scenes; open one with common.splatting.spare.load_spare.")
     photographs = len(image_files(root))
     advice = f" It has {photographs} images: pose them with resparse scene pose." if photographs else ""
-    raise ValueError(
+    raise SceneError(
         f"{root}: no scene in it; expected transforms_train.json (Blender), transforms.json (nerfstudio), "
         f"poses_bounds.npy (LLFF) or sparse/0 (COLMAP).{advice}"
     )

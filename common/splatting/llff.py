@@ -13,6 +13,7 @@ from common.splatting import splits
 from common.splatting._images import image_files, image_folder, load_view
 from common.splatting.cameras import Camera
 from common.splatting.colmap import find_model, points_for
+from common.splatting.errors import SceneError
 from common.splatting.scene import Scene
 
 __all__ = ["load_llff", "poses_bounds"]
@@ -37,7 +38,7 @@ def load_llff(
     points  take those of the COLMAP model in the folder, if there is one, whose track has two training views or more;
             False leaves them out
 
-    Raises FileNotFoundError for missing files; ValueError for a broken pose file, another number of images than poses,
+    Raises FileNotFoundError for missing files; SceneError for a broken pose file, another number of images than poses,
     images that do not fit, a COLMAP model of another world, and fewer than two training views (one with allow_single).
     """
     root = Path(folder)
@@ -45,7 +46,7 @@ def load_llff(
     source, shrink = image_folder(root, factor, images)
     files = image_files(source)
     if len(files) != len(cameras):
-        raise ValueError(
+        raise SceneError(
             f"{root}: {len(cameras)} poses in poses_bounds.npy, but {len(files)} images in {source.name}; expected one "
             "image for each pose, in sorted order."
         )
@@ -66,7 +67,7 @@ def poses_bounds(path: str | Path) -> tuple[list[Camera], Tensor]:
     A row holds [down, right, backwards, centre, (height, width, focal)] as columns of a 3 x 5 matrix; the principal
     point is the middle of the image.
 
-    Raises FileNotFoundError, and ValueError where the file is no such array.
+    Raises FileNotFoundError, and SceneError where the file is no such array.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,9 +75,9 @@ def poses_bounds(path: str | Path) -> tuple[list[Camera], Tensor]:
     try:
         table = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a NumPy array ({error}); {path.stat().st_size} bytes. Get it again.") from error
+        raise SceneError(f"{path}: not a NumPy array ({error}); {path.stat().st_size} bytes. Get it again.") from error
     if table.ndim != 2 or table.shape[1] != COLUMNS or not np.isfinite(table.astype(np.float64)).all():
-        raise ValueError(f"{path}: expected finite numbers [N, {COLUMNS}]; got {table.dtype} {list(table.shape)}.")
+        raise SceneError(f"{path}: expected finite numbers [N, {COLUMNS}]; got {table.dtype} {list(table.shape)}.")
     matrices = torch.from_numpy(table[:, :15].astype(np.float64)).reshape(-1, 3, 5)
     down, right, backwards, centers, sizes = matrices.unbind(dim=2)
     cameras = []

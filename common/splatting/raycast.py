@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.splatting.cameras import Camera
+from common.splatting.errors import SceneError
 from common.splatting.scene import View
 
 __all__ = ["LIGHTINGS", "Shape", "Texture", "World"]
@@ -151,7 +152,7 @@ class World:
         samples   rays a pixel along each axis for image and mask; depth and normals are those of the pixel's centre
         """
         if lighting not in range(len(LIGHTINGS)) or samples < 1:
-            raise ValueError(
+            raise SceneError(
                 f"render: lighting is 0 to {len(LIGHTINGS) - 1} and samples >= 1; got {lighting} and {samples}."
             )
         size = (camera.height, camera.width)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.splatting.cameras import Camera
+from common.splatting.errors import SceneError
 
 __all__ = ["PointCloud", "Scene", "View"]
 
@@ -27,7 +28,7 @@ class View:
     depth    [H, W] float32, along the optical axis in world units, 0 where there is no surface, or None
     normals  [H, W, 3] float32 in world axes, unit length and towards the camera, 0 where no surface, or None
 
-    Raises ValueError where a shape or dtype does not fit.
+    Raises SceneError where a shape or dtype does not fit.
     """
 
     name: str
@@ -42,7 +43,7 @@ class View:
         for field, shape in (("image", (*size, 3)), ("mask", size), ("depth", size), ("normals", (*size, 3))):
             value = getattr(self, field)
             if value is not None and (tuple(value.shape) != shape or value.dtype != torch.float32):
-                raise ValueError(
+                raise SceneError(
                     f"view {self.name}: {field} is float32 {list(shape)} for its camera; got {value.dtype} "
                     f"{list(value.shape)}. Resize the image, or the camera by Camera.resized."
                 )
@@ -92,15 +93,15 @@ class PointCloud:
         for name in ("positions", "colors", "normals"):
             value = getattr(self, name)
             if value is not None and (tuple(value.shape) != (points, 3) or value.dtype != torch.float32):
-                raise ValueError(
+                raise SceneError(
                     f"PointCloud: {name} is float32 [P, 3], P = {points}; got {value.dtype} {list(value.shape)}."
                 )
         if not torch.isfinite(self.positions).all():
-            raise ValueError("PointCloud: positions hold NaN or Inf; leave these points out.")
+            raise SceneError("PointCloud: positions hold NaN or Inf; leave these points out.")
         if self.seen is not None and (
             tuple(self.seen.shape) != (points, len(self.view_names)) or self.seen.dtype != torch.bool
         ):
-            raise ValueError(
+            raise SceneError(
                 f"PointCloud: seen is bool [{points}, {len(self.view_names)}] (points, view_names); got "
                 f"{self.seen.dtype} {list(self.seen.shape)}."
             )
@@ -118,14 +119,14 @@ class PointCloud:
 
         With two, no other view was needed to find the point.
 
-        Raises ValueError where the tracks are not known or a name is not among view_names.
+        Raises SceneError where the tracks are not known or a name is not among view_names.
         """
         if self.seen is None:
-            raise ValueError("PointCloud.seen_by: these points have no tracks, so who saw them is not known.")
+            raise SceneError("PointCloud.seen_by: these points have no tracks, so who saw them is not known.")
         wanted = list(dict.fromkeys(views))
         unknown = [name for name in wanted if name not in self.view_names]
         if unknown:
-            raise ValueError(f"PointCloud.seen_by: no view {unknown[0]!r}; the points know {list(self.view_names)}.")
+            raise SceneError(f"PointCloud.seen_by: no view {unknown[0]!r}; the points know {list(self.view_names)}.")
         columns = [self.view_names.index(name) for name in wanted]
         known = replace(self, view_names=tuple(wanted), seen=self.seen[:, columns])
         return known.select(self.seen[:, columns].sum(dim=1) >= at_least)
@@ -146,7 +147,7 @@ class Scene:
     background    [3] float32, 0..1: the colour behind the scene, or None where the views show none
     allow_single  a single training view is accepted
 
-    Raises ValueError for fewer than two training views (one with allow_single), a name that occurs twice, and an empty
+    Raises SceneError for fewer than two training views (one with allow_single), a name that occurs twice, and an empty
     point cloud.
     """
 
@@ -159,21 +160,21 @@ class Scene:
 
     def __post_init__(self) -> None:
         if len(self.train) < (1 if self.allow_single else 2):
-            raise ValueError(
+            raise SceneError(
                 f"scene {self.name}: {len(self.train)} training views, expected 2 or more: one view does not show depth"
                 f"{'.' if not self.train else '. To load it all the same, pass allow_single=True.'}"
             )
         names = [view.name for view in (*self.train, *self.test)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(
+            raise SceneError(
                 f"scene {self.name}: view {twice[0]!r} occurs twice ({len(twice)} such names); training and test views "
                 "must not share one."
             )
         if self.points is not None and len(self.points) == 0:
-            raise ValueError(f"scene {self.name}: the point cloud is empty; expected points, or None.")
+            raise SceneError(f"scene {self.name}: the point cloud is empty; expected points, or None.")
         if self.background is not None and tuple(self.background.shape) != (3,):
-            raise ValueError(f"scene {self.name}: background is [3]; got {list(self.background.shape)}.")
+            raise SceneError(f"scene {self.name}: background is [3]; got {list(self.background.shape)}.")
 
     @cached_property
     def extent(self) -> float:
@@ -197,7 +198,7 @@ class Scene:
     def shrunk(self, factor: float) -> Scene:
         """The scene with all images smaller by `factor` >= 1 (sizes are rounded)."""
         if not factor >= 1:
-            raise ValueError(f"scene {self.name}: shrunk takes a factor >= 1; got {factor}.")
+            raise SceneError(f"scene {self.name}: shrunk takes a factor >= 1; got {factor}.")
         if factor == 1:
             return self
         train, test = (

@@ -16,6 +16,7 @@ import torch
 from common.splatting import splits
 from common.splatting._images import load_view
 from common.splatting.cameras import Camera
+from common.splatting.errors import SceneError
 from common.splatting.scene import Scene
 
 __all__ = ["ALL_LAMPS", "decompose", "image_name", "load_spare", "spare_cameras"]
@@ -46,15 +47,15 @@ def load_spare(
     The published sets hold the input views alone. Then the scene has no test views, and `spare_cameras` gives the
     cameras to render from.
 
-    Raises FileNotFoundError for missing files; ValueError for broken ones, for an unknown scene or lighting, and where
+    Raises FileNotFoundError for missing files; SceneError for broken ones, for an unknown scene or lighting, and where
     only some of the test images are there.
     """
     root = Path(folder)
     if lighting not in LIGHTINGS:
-        raise ValueError(f"{root}: lighting is 0 to {LIGHTINGS[-1]}, {ALL_LAMPS} for all lamps; got {lighting}.")
+        raise SceneError(f"{root}: lighting is 0 to {LIGHTINGS[-1]}, {ALL_LAMPS} for all lamps; got {lighting}.")
     table = splits.spare(_only_split(root) if split is None else split)
     if scene not in table:
-        raise ValueError(f"{root}: no scene {scene!r} in the split; it has {sorted(table)}.")
+        raise SceneError(f"{root}: no scene {scene!r} in the split; it has {sorted(table)}.")
     chosen = table[scene]
     place = _calibration(root, chosen.dataset) if calibration is None else Path(calibration)
 
@@ -74,7 +75,7 @@ def load_spare(
 def spare_cameras(calibration: str | Path, indices: Sequence[int]) -> list[Camera]:
     """Cameras of some view indices (0-based) at 1600 x 1200, from their 3 x 4 projection matrices.
 
-    Raises FileNotFoundError for a camera without a file, ValueError where a file holds no projection matrix.
+    Raises FileNotFoundError for a camera without a file, SceneError where a file holds no projection matrix.
     """
     cameras = []
     for index in indices:
@@ -84,18 +85,18 @@ def spare_cameras(calibration: str | Path, indices: Sequence[int]) -> list[Camer
         try:
             cameras.append(decompose(np.loadtxt(path), *FULL_SIZE))
         except ValueError as error:
-            raise ValueError(f"{path}: expected a 3 x 4 projection matrix; {error}") from error
+            raise SceneError(f"{path}: expected a 3 x 4 projection matrix; {error}") from error
     return cameras
 
 
 def decompose(projection: np.ndarray, width: int, height: int) -> Camera:
     """The camera of a projection matrix [3, 4] ~ K [R | t], known up to a factor: K upper triangular, diagonal > 0.
 
-    Raises ValueError for another shape or a matrix that is no finite camera (Hartley and Zisserman, 6.2.4).
+    Raises SceneError for another shape or a matrix that is no finite camera (Hartley and Zisserman, 6.2.4).
     """
     P = np.asarray(projection, dtype=np.float64)
     if P.shape != (3, 4) or not np.isfinite(P).all() or abs(np.linalg.det(P[:, :3])) < 1e-12 * np.abs(P).max() ** 3:
-        raise ValueError(f"got shape {P.shape}{'' if P.shape != (3, 4) else ', singular or not finite'}")
+        raise SceneError(f"got shape {P.shape}{'' if P.shape != (3, 4) else ', singular or not finite'}")
     P = P * np.sign(np.linalg.det(P[:, :3]))  # a rotation has determinant 1, and K's is positive
     # RQ decomposition: QR of the matrix turned upside down
     Q, R = np.linalg.qr(P[::-1, :3].T)

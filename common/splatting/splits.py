@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.splatting.errors import SceneError
+
 __all__ = ["DTU_SCANS", "SpareSplit", "Split", "blender", "choose", "dtu", "hold_out", "spare"]
 
 DTU_SCANS = (8, 21, 30, 31, 34, 38, 40, 41, 45, 55, 63, 82, 103, 110, 114)
@@ -28,7 +30,7 @@ _EVERY = 8
 class Split:
     """Indices of training and test views, 0-based, none in both.
 
-    Raises ValueError where an index occurs twice or is negative.
+    Raises SceneError where an index occurs twice or is negative.
     """
 
     train: tuple[int, ...]
@@ -38,7 +40,7 @@ class Split:
         both = [*self.train, *self.test]
         twice = sorted({index for index in both if both.count(index) > 1})
         if twice or min(both, default=0) < 0:
-            raise ValueError(
+            raise SceneError(
                 f"Split: indices are >= 0, each once in train or test; got train {list(self.train)}, test "
                 f"{list(self.test)}{f', {twice} more than once' if twice else ''}."
             )
@@ -56,10 +58,10 @@ def hold_out(count: int, views: int | None = None, *, every: int = _EVERY) -> Sp
 
     views  None: all of the rest
 
-    Raises ValueError where fewer views are left than asked for.
+    Raises SceneError where fewer views are left than asked for.
     """
     if every < 2:
-        raise ValueError(f"hold_out: every {every}th view for testing leaves none for training; expected 2 or more.")
+        raise SceneError(f"hold_out: every {every}th view for testing leaves none for training; expected 2 or more.")
     rest = [index for index in range(count) if index % every]
     return Split(_spaced(rest, views), tuple(range(0, count, every)))
 
@@ -67,7 +69,7 @@ def hold_out(count: int, views: int | None = None, *, every: int = _EVERY) -> Sp
 def dtu(views: int) -> Split:
     """DTU (49 views a scan): the first 1 to 9 of nine fixed views train, 25 of the others test."""
     if not 1 <= views <= len(_DTU_TRAIN):
-        raise ValueError(f"dtu: {views} views; the protocol has 1 to {len(_DTU_TRAIN)} (published: 3, 6, 9).")
+        raise SceneError(f"dtu: {views} views; the protocol has 1 to {len(_DTU_TRAIN)} (published: 3, 6, 9).")
     taken = {*_DTU_TRAIN, *_DTU_LEFT_OUT}
     return Split(_DTU_TRAIN[:views], tuple(index for index in range(_DTU_VIEWS) if index not in taken))
 
@@ -75,14 +77,14 @@ def dtu(views: int) -> Split:
 def blender(views: int = 8) -> tuple[int, ...]:
     """Blender (NeRF-synthetic): ids of the training views, of 100. The test views are a file of their own."""
     if not 1 <= views <= len(_BLENDER_TRAIN):
-        raise ValueError(f"blender: {views} views; the protocol lists {len(_BLENDER_TRAIN)} (published: 8).")
+        raise SceneError(f"blender: {views} views; the protocol lists {len(_BLENDER_TRAIN)} (published: 8).")
     return _BLENDER_TRAIN[:views]
 
 
 def spare(path: str | Path) -> dict[str, SpareSplit]:
     """The splits of all scenes in a SpaRe/AIM 2024 file such as `Track1_split_test.json`, by scene name.
 
-    Raises FileNotFoundError, and ValueError where the file is no such split.
+    Raises FileNotFoundError, and SceneError where the file is no such split.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,7 +100,7 @@ def spare(path: str | Path) -> dict[str, SpareSplit]:
             for name, entry in scenes.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise SceneError(
             f"{path}: not a SpaRe split ({type(error).__name__}: {error}); expected a JSON object of scenes, each with "
             "input_views, test_views and dataset."
         ) from error
@@ -116,10 +118,10 @@ def choose(
     Neither given: `hold_out`. Only one given: the other is the rest. `views` thins the training views to so many
     evenly spaced ones, if they were not given themselves.
 
-    Raises ValueError for an unknown or repeated view, or both `views` and `train`.
+    Raises SceneError for an unknown or repeated view, or both `views` and `train`.
     """
     if train is not None and views is not None:
-        raise ValueError(f"train names {len(train)} views and views asks for {views}; give one of them.")
+        raise SceneError(f"train names {len(train)} views and views asks for {views}; give one of them.")
     if train is None and test is None:
         return hold_out(len(names), views)
     chosen_test = None if test is None else [_index(names, which) for which in test]
@@ -135,7 +137,7 @@ def _spaced(rest: list[int], views: int | None) -> tuple[int, ...]:
     if views is None:
         return tuple(rest)
     if not 1 <= views <= len(rest):
-        raise ValueError(f"{views} training views asked for, but {len(rest)} are there besides the test views.")
+        raise SceneError(f"{views} training views asked for, but {len(rest)} are there besides the test views.")
     return tuple(rest[int(place)] for place in np.round(np.linspace(0, len(rest) - 1, views)))
 
 
@@ -143,10 +145,10 @@ def _index(names: Sequence[str], which: int | str) -> int:
     if isinstance(which, int):
         if 0 <= which < len(names):
             return which
-        raise ValueError(f"view {which}: there are {len(names)} views, 0 to {len(names) - 1}.")
+        raise SceneError(f"view {which}: there are {len(names)} views, 0 to {len(names) - 1}.")
     found = [i for i, name in enumerate(names) if which in (name, Path(name).name, Path(name).stem)]
     if len(found) == 1:
         return found[0]
     near = difflib.get_close_matches(which, names, n=1, cutoff=0) or [""]
     story = f"{len(found)} views are called so, say which with its folder" if found else f"did you mean {near[0]!r}?"
-    raise ValueError(f"view {which!r}: {story} ({len(names)} views, sorted by name)")
+    raise SceneError(f"view {which!r}: {story} ({len(names)} views, sorted by name)")

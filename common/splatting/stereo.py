@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.splatting.cameras import Camera
+from common.splatting.errors import SceneError
 from common.splatting.scene import PointCloud, View
 
 __all__ = ["DepthMap", "depth_range", "plane_sweep", "sweep_depth"]
@@ -70,11 +71,11 @@ def plane_sweep(
     count   points kept, drawn at random by `seed`; None for all
     cost    about 25 s for three views of 504 x 378 on one core; memory 16 planes x H x W bytes
 
-    Raises ValueError for fewer than two views, a bad range, and where no point survives.
+    Raises SceneError for fewer than two views, a bad range, and where no point survives.
     """
     _check(views, near, far, window, planes)
     if not 1 <= agree < len(views):
-        raise ValueError(f"plane_sweep: agree is 1 to {len(views) - 1} other views; got {agree}.")
+        raise SceneError(f"plane_sweep: agree is 1 to {len(views) - 1} other views; got {agree}.")
     maps = [
         sweep_depth(views, index, near, far, planes=planes, window=window, neighbours=neighbours)
         for index in range(len(views))
@@ -100,7 +101,7 @@ def plane_sweep(
     names = tuple(view.name for view in views)
     cloud = PointCloud(torch.cat(positions), torch.cat(colors), None, names, torch.cat(seen))
     if len(cloud) == 0:
-        raise ValueError(
+        raise SceneError(
             f"plane_sweep: no depth between {near:.4g} and {far:.4g} on which {agree + 1} of the {len(views)} views "
             "agree; check the range and the poses, or take views that are closer together."
         )
@@ -144,23 +145,23 @@ def sweep_depth(
 def depth_range(points: PointCloud, views: Sequence[View], *, margin: float = 1.25) -> tuple[float, float]:
     """Depths between which a cloud lies, seen from the views: its 1st and 99th percentile, widened by `margin`.
 
-    Raises ValueError where no point lies in front of the views.
+    Raises SceneError where no point lies in front of the views.
     """
     depths = torch.cat([view.camera.project(points.positions)[1] for view in views])
     depths = depths[depths > 0]
     if len(depths) == 0 or margin < 1:
-        raise ValueError(f"depth_range: {len(depths)} points before the views, margin {margin}; expected some, >= 1.")
+        raise SceneError(f"depth_range: {len(depths)} points before the views, margin {margin}; expected some, >= 1.")
     low, high = (float(value) for value in torch.quantile(depths, torch.tensor([0.01, 0.99])))
     return low / margin, high * margin
 
 
 def _check(views: Sequence[View], near: float, far: float, window: int, planes: int | None) -> None:
     if len(views) < 2:
-        raise ValueError(f"plane_sweep: {len(views)} views; stereo needs two or more.")
+        raise SceneError(f"plane_sweep: {len(views)} views; stereo needs two or more.")
     if not 0 < near < far < math.inf:
-        raise ValueError(f"plane_sweep: near {near:.4g} and far {far:.4g}; expected 0 < near < far, as depths.")
+        raise SceneError(f"plane_sweep: near {near:.4g} and far {far:.4g}; expected 0 < near < far, as depths.")
     if window < 3 or window % 2 == 0 or (planes is not None and planes < 3):
-        raise ValueError(f"plane_sweep: window {window} and {planes} planes; expected an odd window >= 3, planes >= 3.")
+        raise SceneError(f"plane_sweep: window {window} and {planes} planes; expected an odd window >= 3, planes >= 3.")
 
 
 def _planes(reference: Camera, others: Sequence[Camera], near: float, far: float) -> int:

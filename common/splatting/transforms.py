@@ -20,9 +20,11 @@ from common.splatting import splits
 from common.splatting._images import IMAGE_SUFFIXES, image_size, load_view, read_pixels
 from common.splatting.cameras import Camera, intrinsics
 from common.splatting.colmap import Distortion, find_model, points_for
-from common.splatting.scene import PointCloud, Scene, View
+from common.splatting.errors import SceneError
+from common.splatting.ply import import_points
+from common.splatting.scene import Scene, View
 
-__all__ = ["WHITE", "load_blender", "load_nerfstudio", "read_ply_points"]
+__all__ = ["WHITE", "load_blender", "load_nerfstudio"]
 
 WHITE = (1.0, 1.0, 1.0)
 PINHOLES = ("", "PINHOLE", "SIMPLE_PINHOLE", "OPENCV")
@@ -45,7 +47,7 @@ def load_blender(
     train, test   instead: frames of the training and of the test file, by index or name
     background    [3] 0..1 behind the object; the alpha channel becomes the views' mask
 
-    The layout has no points. Raises FileNotFoundError for missing files, ValueError for files of another form.
+    The layout has no points. Raises FileNotFoundError for missing files, SceneError for files of another form.
     """
     root = Path(folder)
     frames = {part: _read(root / f"transforms_{part}.json") for part in ("train", "test")}
@@ -53,7 +55,7 @@ def load_blender(
     if train is None and views is not None:
         train = splits.blender(views)
     elif views is not None:
-        raise ValueError(f"{root}: views and train are both given; views takes the published ids, train your own.")
+        raise SceneError(f"{root}: views and train are both given; views takes the published ids, train your own.")
 
     def load(part: str, which: Sequence[int | str] | None) -> tuple[View, ...]:
         taken = range(len(names[part])) if which is None else splits.choose(names[part], train=which, test=()).train
@@ -85,7 +87,7 @@ def load_nerfstudio(
             start for a sparse-view run; "none"
     distortion   as in `load_colmap`
 
-    Raises FileNotFoundError for missing files, ValueError for files of another form and unsupported cameras.
+    Raises FileNotFoundError for missing files, SceneError for files of another form and unsupported cameras.
     """
     root = Path(folder)
     meta = _read(root / "transforms.json")
@@ -108,34 +110,9 @@ def load_nerfstudio(
         cloud = points_for(place, cameras, [view.name for view in train_views], moved)
     elif points == "ply":
         if "ply_file_path" not in meta:
-            raise ValueError(f"{root}: transforms.json names no ply_file_path; points='tracks' or 'none' needs none.")
-        cloud = read_ply_points(root / meta["ply_file_path"])
+            raise SceneError(f"{root}: transforms.json names no ply_file_path; points='tracks' or 'none' needs none.")
+        cloud = import_points(root / meta["ply_file_path"])
     return Scene(root.resolve().name, train_views, test_views, cloud, allow_single=allow_single)
-
-
-def read_ply_points(path: str | Path) -> PointCloud:
-    """Coloured points of a PLY file with x, y, z, red, green, blue (0..255). Normals nx, ny, nz are read if present.
-
-    Raises FileNotFoundError, and ValueError where the file is no such PLY.
-    """
-    from plyfile import PlyData, PlyParseError
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such point cloud.")
-    try:
-        vertex = PlyData.read(str(path))["vertex"].data
-    except (PlyParseError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable PLY file with vertices ({error}).") from error
-    groups = {"positions": ("x", "y", "z"), "colors": ("red", "green", "blue"), "normals": ("nx", "ny", "nz")}
-    found: dict[str, Tensor] = {}
-    for field, columns in groups.items():
-        if set(columns) <= set(vertex.dtype.names):
-            values = np.stack([vertex[column].astype(np.float32) for column in columns], axis=1)
-            found[field] = torch.from_numpy(values / 255 if field == "colors" else values)
-        elif field != "normals":
-            raise ValueError(f"{path}: no {', '.join(columns)} among its properties {list(vertex.dtype.names)}.")
-    return PointCloud(found["positions"], found["colors"], found.get("normals"))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -147,12 +124,12 @@ def _read(path: Path) -> dict[str, Any]:
             frame["pose"] = _viewmat(frame["transform_matrix"])
             Path(frame["file_path"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
+        raise SceneError(
             f"{path}: expected JSON with frames, each with file_path and a 4 x 4 transform_matrix; "
             f"{type(error).__name__}: {error}"
         ) from error
     if not meta["frames"]:
-        raise ValueError(f"{path}: no frames in it.")
+        raise SceneError(f"{path}: no frames in it.")
     return meta
 
 
@@ -160,7 +137,7 @@ def _viewmat(matrix: Sequence[Sequence[float]]) -> Tensor:
     """World to camera with OpenCV axes from a camera-to-world matrix with OpenGL axes."""
     pose = torch.tensor(matrix, dtype=torch.float64)
     if tuple(pose.shape) not in ((4, 4), (3, 4)):
-        raise ValueError(f"transform_matrix is 4 x 4; got {list(pose.shape)}")
+        raise SceneError(f"transform_matrix is 4 x 4; got {list(pose.shape)}")
     viewmat = torch.eye(4, dtype=torch.float64)
     viewmat[:3, :3] = (pose[:3, :3] * torch.tensor([1.0, -1.0, -1.0])).T
     viewmat[:3, 3] = -viewmat[:3, :3] @ pose[:3, 3]
@@ -174,7 +151,7 @@ def _blender_view(root: Path, meta: Mapping[str, Any], index: int, factor: float
     try:
         K = intrinsics(width, height, fov_x_rad=float(meta["camera_angle_x"]))
     except (KeyError, TypeError):
-        raise ValueError(f"{root}: no camera_angle_x in its transforms; a Blender scene has it.") from None
+        raise SceneError(f"{root}: no camera_angle_x in its transforms; a Blender scene has it.") from None
     camera = Camera(frame["pose"], K, width, height)
     return load_view(str(Path(frame["file_path"])), path, camera, shrink=factor, background=background)
 
@@ -182,13 +159,13 @@ def _blender_view(root: Path, meta: Mapping[str, Any], index: int, factor: float
 def _nerfstudio_camera(root: Path, frame: Mapping[str, Any], distortion: Distortion) -> Camera:
     model = frame.get("camera_model", "")
     if model not in PINHOLES:
-        raise ValueError(
+        raise SceneError(
             f"{root}: {frame['file_path']} has camera_model {model}, which no pinhole comes near; expected one of "
             f"{', '.join(PINHOLES[1:])}. Undistort the images first."
         )
     bent = {key: frame[key] for key in BENT if frame.get(key)}
     if bent and distortion == "error":
-        raise ValueError(
+        raise SceneError(
             f"{root}: {frame['file_path']} has lens distortion {bent}; expected none. Undistort the images first, or "
             "accept the error with distortion='ignore'."
         )
@@ -201,7 +178,7 @@ def _nerfstudio_camera(root: Path, frame: Mapping[str, Any], distortion: Distort
     elif "camera_angle_x" in frame:
         fx = fy = 0.5 * width / math.tan(0.5 * float(frame["camera_angle_x"]))
     else:
-        raise ValueError(f"{root}: {frame['file_path']} has neither fl_x nor camera_angle_x, so no focal length.")
+        raise SceneError(f"{root}: {frame['file_path']} has neither fl_x nor camera_angle_x, so no focal length.")
     cx, cy = float(frame.get("cx", width / 2)), float(frame.get("cy", height / 2))
     return Camera(frame["pose"], torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), width, height)
 
