@@ -93,13 +93,10 @@ def pearson(depth: Tensor, reference: Tensor, weight: Tensor | None = None) -> T
             f"pearson: depth, reference (and weight) have one shape; got {list(depth.shape)}, {list(reference.shape)}"
             f"{'' if weight is None else f', {list(weight.shape)}'}."
         )
-    a, b = depth.flatten(-2), reference.flatten(-2)
-    w = torch.ones_like(a) if weight is None else weight.flatten(-2)
-    w = w / w.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    a = a - (w * a).sum(dim=-1, keepdim=True)
-    b = b - (w * b).sum(dim=-1, keepdim=True)
-    covariance, variances = (w * a * b).sum(dim=-1), (w * a * a).sum(dim=-1) * (w * b * b).sum(dim=-1)
-    return (1 - covariance * variances.clamp_min(torch.finfo(a.dtype).tiny).rsqrt()).mean()
+    w = torch.ones_like(depth) if weight is None else weight
+    w = (w / w.sum(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)).flatten(-2)
+    a, b = _standardised(depth.flatten(-2), w), _standardised(reference.flatten(-2), w)
+    return (1 - (w * a * b).sum(dim=-1)).mean()
 
 
 def pearson_patches(
@@ -140,6 +137,16 @@ def edge_aware_smoothness(depth: Tensor, image: Tensor) -> Tensor:
     return ((depth[1:] - depth[:-1]).abs() * torch.exp(-down)).mean() + (
         (depth[:, 1:] - depth[:, :-1]).abs() * torch.exp(-right)
     ).mean()
+
+
+def _standardised(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the last axis; all 0 where the variance is nothing but rounding."""
+    precision = torch.finfo(values.dtype)
+    mean_square = (weight * values.detach().square()).sum(dim=-1, keepdim=True)
+    values = values - (weight * values).sum(dim=-1, keepdim=True)
+    variance = (weight * values.square()).sum(dim=-1, keepdim=True)
+    rounding = (16 * precision.eps) ** 2 * mean_square + precision.tiny
+    return values * variance.clamp_min(rounding).rsqrt() * (variance > rounding)
 
 
 class _Photometric(torch.autograd.Function):

@@ -20,7 +20,7 @@ class Population:
     model       replaced parameter by parameter when Gaussians come and go
     optimizer   Adam with one parameter group a field, `group(name)`; learning rates are 0 until somebody sets them
     extent      the scene's unit of length: thresholds on scales are shares of it
-    statistics  tensors [N, ...] by name that follow the Gaussians; new ones start at zero
+    statistics  tensors [N, ...] by name that follow the Gaussians; new ones take over those of their source
     """
 
     def __init__(self, model: Gaussians, extent: float):
@@ -52,7 +52,7 @@ class Population:
         """Let Gaussian i of the new population be a copy of Gaussian `source[i]` of the old one.
 
         source  [M] indices, or a bool mask [N] of those that stay
-        fresh   [M] bool: these are new, so their Adam moments and statistics start at zero; None: no one is
+        fresh   [M] bool: these are new, so their Adam moments start at zero; None: no one is
         values  parameters of the fresh ones by field, [F, ...] in their order; others are copied from the source
 
         A parameter that is replaced has no gradient any more.
@@ -71,7 +71,7 @@ class Population:
             old = getattr(self.model, name)
             value = follow(old.detach(), values[name]) if name in values else old.detach()[source]
             self._replace(name, nn.Parameter(value), lambda moment: follow(moment, 0.0))
-        self.statistics = {name: follow(value, 0.0) for name, value in self.statistics.items()}
+        self.statistics = {name: value[source] for name, value in self.statistics.items()}
 
     @torch.no_grad()
     def assign(self, name: str, value: Tensor) -> None:

@@ -119,8 +119,9 @@ class DefaultStrategy:
         split = grow & ~small
         if step < self.scale2d_until:
             split |= population.statistic("radius") > self.grow_scale2d
-        duplicate = grow & small & ~split
+        duplicate = grow & small  # one with a large radius may be duplicated and split, as in gsplat
         if self.most is not None:
+            duplicate &= ~split  # so that each grows the number by one
             chosen = _largest(gradient, duplicate | split, self.most - count)
             duplicate, split = duplicate & chosen, split & chosen
         if not bool((duplicate | split).any()):

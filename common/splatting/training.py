@@ -200,6 +200,9 @@ class Trainer:
             strategy.after_backward(self.step, population, shot.rendering.meta)
         population.optimizer.step()
         population.optimizer.zero_grad()
+        self.seconds += time.perf_counter() - started
+        self._evaluate_if_due()  # before the strategy's changes, which need some steps to settle
+        started = time.perf_counter()
         if strategy is not None:
             strategy.after_update(self.step, population, self.generator("strategy"))
         for extension in self.extensions:
@@ -209,9 +212,6 @@ class Trainer:
         self.losses.append(value)
         self.counts.append(len(population))
         self.seconds += time.perf_counter() - started
-        every = self.settings.eval_every
-        if every and self.scene.test and (self.step % every == 0 or self.step == self.settings.iterations):
-            self._evaluate()
         return value
 
     def set_learning_rates(self, step: int) -> None:
@@ -341,7 +341,10 @@ class Trainer:
             self._targets[view.name] = Target(view.image, weight)
         return self._targets[view.name]
 
-    def _evaluate(self) -> None:
+    def _evaluate_if_due(self) -> None:
+        every, last = self.settings.eval_every, self.step == self.settings.iterations
+        if not every or not self.scene.test or not (last or self.step % every == 0):
+            return
         scores = evaluate(
             self.model,
             self.scene.test,
