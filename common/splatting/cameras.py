@@ -172,14 +172,16 @@ def path_through(cameras: Sequence[Camera], frames: int, *, closed: bool = False
 def orbit(cameras: Sequence[Camera], frames: int) -> list[Camera]:
     """`frames` cameras once around what the cameras look at, at their mean distance and height.
 
-    The axis is their mean up vector, the centre the point closest to all optical axes (least squares). K and size are
-    those of the first camera. Made for cameras that stand around an object; for forward-facing ones use `spiral`.
+    The centre is the point closest to all optical axes (least squares). The axis is their mean up vector without what
+    lies in the plane of their horizontal axes: cameras held level give the true vertical. K and size are those of the
+    first camera. Made for cameras that stand around an object; for forward-facing ones use `spiral`.
+
+    Raises SceneError for fewer than two cameras, or where all look the same way.
     """
     _check_path("orbit", cameras, frames, fewest=2)
     centers = torch.stack([camera.center for camera in cameras]).double()
     focus = _focus(centers, torch.stack([camera.forward for camera in cameras]).double())
-    up = torch.stack([camera.up for camera in cameras]).double().mean(dim=0)
-    up = up / up.norm()
+    up = _vertical(cameras)
     offsets = centers - focus
     heights = offsets @ up
     flat = offsets - heights[:, None] * up
@@ -241,6 +243,16 @@ def _focus(centers: Tensor, forwards: Tensor) -> Tensor:
     if torch.linalg.cond(system) > 1e9:
         raise SceneError("orbit: all cameras look in the same direction, so there is nothing to go around; use spiral.")
     return torch.linalg.solve(system, (across @ centers[:, :, None]).sum(dim=0)).squeeze(-1)
+
+
+def _vertical(cameras: Sequence[Camera]) -> Tensor:
+    up = torch.stack([camera.up for camera in cameras]).double().mean(dim=0)
+    rights = torch.stack([camera.viewmat[0, :3] for camera in cameras]).double()
+    spreads, axes = torch.linalg.eigh(rights.T @ rights / len(rights))  # rising
+    for spread, axis in zip(spreads[1:], axes.T[1:], strict=True):
+        if spread > 0.01:
+            up = up - (up @ axis) * axis
+    return up / up.norm()
 
 
 def _rotation_vector(rotation: Tensor) -> Tensor:
