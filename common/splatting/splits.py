@@ -146,9 +146,14 @@ def _index(names: Sequence[str], which: int | str) -> int:
         if 0 <= which < len(names):
             return which
         raise SceneError(f"view {which}: there are {len(names)} views, 0 to {len(names) - 1}.")
-    found = [i for i, name in enumerate(names) if which in (name, Path(name).name, Path(name).stem)]
+    found = [i for i, name in enumerate(names) if which in _spellings(name)]
     if len(found) == 1:
         return found[0]
     near = difflib.get_close_matches(which, names, n=1, cutoff=0) or [""]
     story = f"{len(found)} views are called so, say which with its folder" if found else f"did you mean {near[0]!r}?"
     raise SceneError(f"view {which!r}: {story} ({len(names)} views, sorted by name)")
+
+
+def _spellings(name: str) -> set[str]:
+    path = Path(name)
+    return {name, path.with_suffix("").as_posix(), path.name, path.stem}
