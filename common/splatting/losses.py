@@ -35,8 +35,8 @@ class Target:
     """A photograph prepared for `photometric`.
 
     image   [H, W, C], 0..1
-    weight  [H, W], 0..1, or None for 1 everywhere. A pixel of weight w counts w times, and its render is moved towards
-            the photograph by 1 - w before the windows see it: what is under a weight of 0 leaks into no neighbour
+    weight  [H, W], 0..1, or None for 1 everywhere. A pixel of weight w counts w times, and the windows see w times its
+            values in both images: a weight of 0 is to them as what lies beyond the border
 
     Raises ValueError where the shapes do not fit, or no weight is positive.
     """
@@ -49,8 +49,8 @@ class Target:
                 f"Target: weight is {list(image.shape[:2])} with a positive value somewhere; got {list(weight.shape)}. "
                 "Leave views out that show nothing of the scene."
             )
-        self.image = image.detach().contiguous()
         self.weight = None if weight is None else weight.detach()[..., None].to(image.dtype)  # [H, W, 1]
+        self.image = (image.detach() if self.weight is None else image.detach() * self.weight).contiguous()
         self.mean, square = _window_means(torch.stack([self.image, self.image.square()]))
         self.variance_term = square - self.mean.square() + C2
 
@@ -71,7 +71,7 @@ def photometric(image: Tensor, target: Target | Tensor, *, dssim: float = 0.2) -
             "the photograph's camera."
         )
     if target.weight is not None:
-        image = torch.lerp(target.image, image, target.weight)
+        image = image * target.weight
     return _Photometric.apply(image, target, dssim)  # pyright: ignore[reportReturnType]
 
 
@@ -154,13 +154,14 @@ class _Photometric(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, target: Target, dssim: float) -> Tensor:
-        x, y = image.detach(), target.image
-        share = 1 / x.numel() if target.weight is None else target.weight / (target.weight.sum() * x.shape[-1])
-        difference = x - y
+        x, weight = image.detach(), target.weight
+        share = 1 / (x.numel() if weight is None else float(weight.sum()) * x.shape[-1])
+        difference = x - target.image
         gradient = difference.sign().mul_((1 - dssim) * share)
-        loss = difference.abs_().mul_((1 - dssim) * share).sum()
+        loss = difference.abs_().sum().mul_((1 - dssim) * share)
         if dssim:
-            value, ssim_gradient = _ssim(x, target, share, ctx.needs_input_grad[0])
+            of_map = share if weight is None else weight * share
+            value, ssim_gradient = _ssim(x, target, of_map, ctx.needs_input_grad[0])
             loss = loss + dssim * (1 - value)
             gradient.sub_(ssim_gradient, alpha=dssim)
         ctx.save_for_backward(gradient)

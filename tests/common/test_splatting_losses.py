@@ -102,7 +102,17 @@ def test_a_pixel_of_weight_zero_leaks_nowhere() -> None:
     changed = x.clone()
     changed[10:20, 5:15] = 7.0
     assert torch.equal(photometric(changed, Target(y, weight)), photometric(x, Target(y, weight)))
+    repainted = y.clone()
+    repainted[10:20, 5:15] = 0.0
+    assert torch.equal(photometric(x, Target(repainted, weight)), photometric(x, Target(y, weight)))
     assert float(photometric(x, Target(y, torch.ones(30, 30)))) == pytest.approx(float(photometric(x, y)))
+
+
+def test_a_weight_counts_as_often() -> None:
+    x, y = images(8, 9)
+    weight = torch.rand(8, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = (weight[..., None] * (x - y).abs()).sum() / (3 * weight.sum())
+    assert float(photometric(x, Target(y, weight), dssim=0.0)) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_wrong_images_are_refused() -> None:
