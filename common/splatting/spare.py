@@ -95,8 +95,13 @@ def decompose(projection: np.ndarray, width: int, height: int) -> Camera:
     Raises SceneError for another shape or a matrix that is no finite camera (Hartley and Zisserman, 6.2.4).
     """
     P = np.asarray(projection, dtype=np.float64)
-    if P.shape != (3, 4) or not np.isfinite(P).all() or abs(np.linalg.det(P[:, :3])) < 1e-12 * np.abs(P).max() ** 3:
-        raise SceneError(f"got shape {P.shape}{'' if P.shape != (3, 4) else ', singular or not finite'}")
+    if P.shape != (3, 4) or not np.isfinite(P).all():
+        raise SceneError(
+            f"a projection matrix is [3, 4] and finite; got {list(P.shape)}, finite: {np.isfinite(P).all()}"
+        )
+    left = P[:, :3]
+    if abs(np.linalg.det(left)) <= 1e-12 * np.abs(left).max() ** 3:
+        raise SceneError("a projection matrix has an invertible left half; this one is singular")
     P = P * np.sign(np.linalg.det(P[:, :3]))  # a rotation has determinant 1, and K's is positive
     # RQ decomposition: QR of the matrix turned upside down
     Q, R = np.linalg.qr(P[::-1, :3].T)
