@@ -1,0 +1,270 @@
+"""The arms that are compared, and how one of them is trained. The idea itself is in `method.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from common import seeds
+from common.metrics.perceptual import gmsd
+from common.splatting import PointCloud, View
+from common.splatting.evaluation import evaluate
+from common.splatting.model import Gaussians
+from common.splatting.settings import TrainSettings
+from common.splatting.strategies import DefaultStrategy
+from common.splatting.training import fit
+from papers.lm_gaussian import method, priors, repair
+from papers.lm_gaussian.data import Case
+from papers.lm_gaussian.settings import Params
+
+Start = Literal["sfm", "raw", "no_background", "cleaned", "aligned"]
+Priors = Literal["standin", "perfect", "shuffled"]
+Mender = Literal["none", "diffusion", "no_lora", "oracle", "shuffled"]
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """How an arm begins. `losses`: which of method.Weights it has."""
+
+    label: str
+    start: Start = "cleaned"
+    losses: tuple[str, ...] = ()
+    priors: Priors = "standin"
+    densify: bool = False
+    depth_normal: bool = False
+
+
+@dataclass(frozen=True)
+class Stage2:
+    """How an arm goes on: from which stage 1, and who repairs the virtual views (none: photographs alone)."""
+
+    label: str
+    after: str = "regularised"
+    mender: Mender = "diffusion"
+
+
+ALL = ("depth", "normal", "virtual")
+
+# LM-5, LM-6 and LM-7 are the first lines; the others are controls and what the released script leaves out
+STAGE1 = {
+    "sfm": Stage1("SfM points", start="sfm", densify=True),
+    "raw": Stage1("raw stereo", start="raw"),
+    "init": Stage1("cleaned init"),
+    "depth": Stage1("+ depth", losses=("depth",)),
+    "normal": Stage1("+ normals", losses=("depth", "normal")),
+    "regularised": Stage1("+ virtual views", losses=ALL),
+    "no_background": Stage1("no background rule", start="no_background"),
+    "perfect_priors": Stage1("perfect priors", losses=ALL, priors="perfect"),
+    "shuffled_priors": Stage1("shuffled priors", losses=ALL, priors="shuffled"),
+    "densified": Stage1("with densification", losses=ALL, densify=True),
+    "depth_normal": Stage1("with depth-normal", losses=(*ALL, "depth_normal"), depth_normal=True),
+    "aligned": Stage1("with alignment", losses=ALL, start="aligned"),
+}
+STAGE2 = {
+    "full": Stage2("+ repair"),
+    "longer": Stage2("no repair, as long", mender="none"),
+    "no_lora": Stage2("repair without LoRA", mender="no_lora"),
+    "oracle": Stage2("repaired by the truth", mender="oracle"),
+    "shuffled_repair": Stage2("shuffled repair", mender="shuffled"),
+}
+ARMS: dict[str, Stage1 | Stage2] = {**STAGE1, **STAGE2}
+
+
+def plan(params: Params) -> method.Plan:
+    """The schedule of a run; depth and normals agree from the middle of stage 1 on, in the arm that has them agree."""
+    return method.Plan(params.stage1, params.steps, params.every, params.stage1 // 2)
+
+
+def cloud(params: Params, case: Case, arm: Stage1, seed: int) -> PointCloud:
+    """All points that an arm starts from, before they are thinned."""
+    views = case.scene.train
+    if arm.start == "sfm":
+        if case.scene.points is None:
+            raise ValueError(f"scene {case.scene.name} has no sparse points, so the arm sfm cannot start.")
+        return case.scene.points
+    stereo = _perfect(case.perfect_stereo) if arm.priors == "perfect" else case.stereo
+    depths = [stereo[view.name].depth for view in views]
+    confidences = [stereo[view.name].confidence for view in views]
+    if arm.start == "raw":
+        return method.fused(views, depths, [torch.full_like(c, torch.inf) for c in confidences])
+    if arm.start == "aligned":
+        depths = [
+            aligned(params, case, view, depth, confidence, seed)
+            for view, depth, confidence in zip(views, depths, confidences, strict=True)
+        ]
+    kept = method.cleaned(views, depths, confidences)
+    if arm.start != "no_background":
+        kept = [method.background_aware(depth, c) for depth, c in zip(depths, kept, strict=True)]
+    return method.fused(views, depths, kept)
+
+
+def aligned(params: Params, case: Case, view: View, depth: Tensor, confidence: Tensor, seed: int) -> Tensor:
+    """The depth of a view after the alignment that the released script switches off."""
+    return method.guided_alignment(
+        view,
+        depth,
+        confidence,
+        case.mono[view.name].depth,
+        steps=params.align_steps,
+        box=params.align_box,
+        generator=seeds.generator(seed, "alignment", view.name, device=depth.device),
+    )
+
+
+@seeds.one_thread()
+def stage1(params: Params, case: Case, name: str, seed: int, *, progress: bool = False) -> dict[str, Any]:
+    """Train the first stage of an arm.
+
+    Returns `model` (parameters by name), `early` renders by view, `loss` by step, `count` of Gaussians at the start and
+    the end, `seconds`, `points` of the whole cloud, and `scores`.
+    """
+    arm, began = STAGE1[name], time.perf_counter()
+    points = cloud(params, case, arm, seed)
+    chosen = points
+    if params.points and len(points) > params.points:
+        some = torch.randperm(len(points), generator=seeds.generator(seed, "thinned"))[: params.points]
+        chosen = points.select(some.to(points.positions.device))
+    model = Gaussians.from_points(chosen, sh_degree=params.sh_degree, initial_opacity=0.1)
+    start, early = len(model), method.EarlyRenders(params.early_until, params.early_most)
+    extensions: list[Any] = [early]
+    if arm.losses:
+        virtual = [(camera, method.point_image(points, camera)) for camera in case.virtual]
+        weights = method.Weights(
+            **{loss: getattr(params, f"w_{loss}") if loss in arm.losses else 0.0 for loss in LOSSES}
+        )
+        late = plan(params).late if arm.depth_normal else params.stage1
+        extensions.append(method.MultiModal(_mono(case, arm), virtual, weights, box=params.box, late=late))
+    settings = _settings(params, params.stage1, seed, mode="RGB+ED", strategy=_growth(params) if arm.densify else None)
+    result = fit(case.scene, settings, model=model, extensions=extensions, progress=progress)
+    return {
+        "model": result.model.values(),
+        "early": early.renders,
+        "loss": result.losses,
+        "count": (start, len(result.model)),
+        "points": len(points),
+        "seconds": time.perf_counter() - began,
+        "scores": scores(case, result.model, result.background),
+    }
+
+
+@seeds.one_thread()
+def stage2(
+    params: Params, case: Case, name: str, first: Mapping[str, Any], prior: Any, seed: int, *, progress: bool = False
+) -> dict[str, Any]:
+    """Go on from a result of `stage1`. `prior` is the repair model's network, see `mender`.
+
+    Returns what stage1 does (without early renders) and the virtual views `drawn` and `repaired` of the last round.
+    """
+    arm, began = STAGE2[name], time.perf_counter()
+    model = Gaussians(**first["model"]).to(params.device)
+    extensions = []
+    mend = mender(params, case, arm.mender, first["early"], prior, seed)
+    if mend is not None:
+        weights = method.distance_weights(case.virtual, case.scene.train)
+        extensions.append(method.Refinement(case.virtual, weights, mend, every=params.every, rewind=params.rewind))
+    settings = replace(_settings(params, params.steps - params.stage1, seed), sh_every=0, sh_degree=params.sh_degree)
+    result = fit(case.scene, settings, model=model, extensions=extensions, progress=progress)
+    found = {
+        "model": result.model.values(),
+        "loss": result.losses,
+        "count": (len(first["model"]["means"]), len(result.model)),
+        "seconds": time.perf_counter() - began,
+        "scores": scores(case, result.model, result.background),
+    }
+    if extensions:
+        found |= {"drawn": extensions[0].drawn.cpu(), "repaired": extensions[0].targets.cpu()}
+    return found
+
+
+def mender(
+    params: Params, case: Case, kind: Mender, early: Mapping[str, list[Tensor]], prior: Any, seed: int
+) -> Callable[[Tensor, int], Tensor] | None:
+    """Who repairs: the diffusion model, the truth, or the model's work shown at the wrong cameras; None: nobody.
+
+    prior  a Controlled network, or a function (pairs, seed) -> repairer where the authors' models are used
+    """
+    if kind == "none":
+        return None
+    if kind == "oracle":
+        truth = _perfect(case.truth)
+        return lambda drawn, turn: truth
+    pairs = repair.early_pairs(early, case.scene.train)
+    if callable(prior) and not isinstance(prior, torch.nn.Module):
+        return prior(pairs, seed)
+    if kind == "no_lora":
+        return repair.SmallRepair(params, prior, seed)
+    found = repair.SmallRepair.adapted(params, prior, pairs, seed)
+    if kind == "shuffled":
+        return lambda drawn, turn: found(drawn, turn).roll(len(drawn) // 2, dims=0)
+    return found
+
+
+def scores(case: Case, model: Gaussians, background: Tensor) -> dict[str, float]:
+    """Mean `psnr` (dB), `ssim` and `gmsd` over the test views."""
+    found = evaluate(model, case.scene.test, background=background)
+    with torch.no_grad():
+        perceptual = [
+            float(gmsd(picture(model, view, background).movedim(-1, 0), view.image.movedim(-1, 0)))
+            for view in case.scene.test
+        ]
+    named = {name: found.mean(name) for name in ("psnr", "ssim")}
+    return {name: value for name, value in named.items() if value is not None} | {
+        "gmsd": sum(perceptual) / len(perceptual)
+    }
+
+
+@torch.no_grad()
+def picture(model: Gaussians, view: View, background: Tensor) -> Tensor:
+    """[H, W, 3] the render of a view, limited to 0..1."""
+    return model.render(view.camera, background=background).image.clamp(0, 1)
+
+
+LOSSES = ("virtual", "depth", "normal", "depth_normal")
+
+
+def _mono(case: Case, arm: Stage1) -> dict[str, method.Mono]:
+    if arm.priors == "perfect":
+        return _perfect(case.perfect_mono)
+    return priors.shuffled(case.mono) if arm.priors == "shuffled" else case.mono
+
+
+def _perfect(value: Any) -> Any:
+    if value is None:
+        raise ValueError("real photographs have no truth: leave perfect_priors and oracle out of the arms.")
+    return value
+
+
+def _growth(params: Params) -> DefaultStrategy:
+    """3DGS's growth, its steps in the same relation to stage 1 as 500, 15,000, 100 and 3,000 are to 30,000."""
+    of = params.stage1 / 30_000
+    return DefaultStrategy(
+        first=round(500 * of),
+        until=round(15_000 * of),
+        every=max(10, round(100 * of)),
+        reset_every=params.stage1,  # a reset costs more steps than so short a training has
+        most=4 * params.points or None,
+    )
+
+
+def _settings(params: Params, iterations: int, seed: int, **more: Any) -> TrainSettings:
+    return TrainSettings(
+        iterations=iterations,
+        seed=seed,
+        lr_means=params.lr_means,
+        lr_means_final=params.lr_means_final,
+        lr_means_until=params.steps,
+        lr_scales=params.lr_scales,
+        lr_quats=params.lr_quats,
+        lr_opacities=params.lr_opacities,
+        lr_sh0=params.lr_sh0,
+        lr_shN=params.lr_sh0 / 20,
+        sh_degree=params.sh_degree,
+        sh_every=params.sh_every,
+        background="black",
+        **{"strategy": None, **more},
+    )

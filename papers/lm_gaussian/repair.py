@@ -1,0 +1,174 @@
+"""The Gaussian repair model: a conditional diffusion model, adapted to the scene, that turns bad renders into views.
+
+Two of them share a method each: `SmallRepair` (a denoiser with a control branch, in pixels, trained here on other
+generated scenes) and, at the paper profile, Stable Diffusion with ControlNet (`common.models.stable_diffusion`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import seeds
+from common.models import lora
+from common.models.denoiser import ControlBranch, Controlled, Denoiser
+from common.models.diffusion import Schedule, epsilon_loss, sdedit, train
+from common.splatting import Scene, View
+from common.splatting.settings import TrainSettings
+from common.splatting.training import fit
+from papers.lm_gaussian.settings import Params
+
+CONTROL_LAYERS = "control."  # of `Controlled`, whose other half is the frozen denoiser
+AVERAGE = 0.995  # decay of the weights' running mean
+PIXELS = 1.0  # images are -1..1
+FITTED = (10, 200)  # steps that the bad pictures' Gaussians are fitted for
+TOGETHER = 8  # views repaired at once
+
+Pairs = Sequence[tuple[Tensor, Tensor]]  # bad and good pictures [3, H, W], 0..1
+
+
+# ------------------------------------------------------------------------------------------ the small diffusion model
+
+
+@seeds.one_thread()
+def bad_pictures(scenes: Sequence[Scene], seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs [3, H, W] of a bad and a good picture: views of scenes that Gaussians were fitted to for a short while.
+
+    Half of the views were not fitted to, so the pairs show blur as well as holes and floaters.
+    """
+    draw, pairs = seeds.generator(seed, "bad pictures"), []
+    for scene in scenes:
+        steps = int(torch.randint(*FITTED, (1,), generator=draw))
+        settings = TrainSettings(iterations=steps, seed=seed, lr_means=1e-3, sh_degree=0, strategy=None)
+        result = fit(scene, settings, progress=False)
+        for view in (*scene.train, *scene.test):
+            with torch.no_grad():
+                drawn = result.model.render(view.camera, background=result.background).image.clamp(0, 1)
+            pairs.append((drawn.movedim(-1, 0), view.image.movedim(-1, 0)))
+    return pairs
+
+
+@seeds.one_thread()
+def train_prior(params: Params, pairs: Pairs, seed: int, *, progress: Callable[..., Any] | None = None) -> dict:
+    """The small diffusion model: first the denoiser on good pictures alone, then its control branch on the pairs.
+
+    Returns the `state` of a `Controlled` on the CPU and the `losses` of both trainings. The denoiser is frozen while
+    the control learns, as in ControlNet.
+    """
+    torch.manual_seed(seed)
+    schedule = Schedule.cosine().to(params.device)
+    denoiser = Denoiser(width=params.prior_width).to(params.device)
+    options = {"learning_rate": params.prior_rate, "ema": AVERAGE, "progress": progress}
+    crops = partial(crop, pairs, count=params.prior_batch, size=params.prior_crop, device=params.device)
+
+    def unconditional(network: nn.Module, draw: torch.Generator) -> Tensor:
+        return epsilon_loss(network, crops(draw)[1], schedule, draw)
+
+    first = train(denoiser, unconditional, steps=params.prior_steps, seed=seed, **options)
+    assert isinstance(first.network, Denoiser)
+    both = Controlled(first.network.requires_grad_(False), ControlBranch(first.network)).to(params.device)
+    both.control.requires_grad_(True)
+
+    def conditional(network: nn.Module, draw: torch.Generator) -> Tensor:
+        bad, good = crops(draw)
+        return epsilon_loss(lambda x, t: network(x, t, bad), good, schedule, draw)
+
+    second = train(both, conditional, steps=params.control_steps, seed=seed + 1, **options)
+    state = {name: value.cpu() for name, value in second.network.state_dict().items()}
+    return {"state": state, "losses": {"denoiser": first.losses, "control": second.losses}}
+
+
+def small_network(params: Params, state: Mapping[str, Tensor]) -> Controlled:
+    """The network of `train_prior`'s result."""
+    denoiser = Denoiser(width=params.prior_width)
+    both = Controlled(denoiser, ControlBranch(denoiser))
+    both.load_state_dict(state)
+    return both.to(params.device).eval()
+
+
+def crop(pairs: Pairs, draw: torch.Generator, *, count: int, size: int, device: str) -> tuple[Tensor, Tensor]:
+    """`count` random square crops, half of them mirrored: bad and good [B, 3, size, size] in -1..1."""
+    found = []
+    for number in torch.randint(len(pairs), (count,), generator=draw, device=draw.device).tolist():
+        both = torch.stack(list(pairs[number]))  # [2, 3, H, W]
+        row, column, mirror = torch.rand(3, generator=draw, device=draw.device).tolist()
+        side = min(size, *both.shape[-2:])
+        top, left = int(row * (both.shape[-2] - side + 1)), int(column * (both.shape[-1] - side + 1))
+        part = both[..., top : top + side, left : left + side]
+        found.append(part.flip(-1) if mirror < 0.5 else part)
+    bad, good = (2 * torch.stack(found).to(device) - 1).unbind(dim=1)
+    return bad, good
+
+
+# -------------------------------------------------------------------------------------------------- repairing a scene
+
+
+class SmallRepair:
+    """The small model with low-rank changes for one scene.
+
+    Called with renders [V, H, W, 3] in 0..1 and the number of the round, it returns their repaired versions.
+    """
+
+    def __init__(self, params: Params, network: Controlled, seed: int):
+        self.params, self.network, self.seed = params, network, seed
+        self.schedule = Schedule.cosine().to(params.device)
+        self.losses: list[float] = []
+
+    @classmethod
+    def adapted(cls, params: Params, prior: Controlled, pairs: Pairs, seed: int) -> SmallRepair:
+        """Fine-tuned on (early render, photograph) pairs of this scene: rank-r changes of every block, nothing else."""
+        torch.manual_seed(seeds.derived(seed, "lora"))
+        found = cls(params, copy.deepcopy(prior), seed)
+        trained = lora.add(found.network, _blocks, rank=params.lora_rank)
+
+        def loss(network: nn.Module, draw: torch.Generator) -> Tensor:
+            bad, good = crop(pairs, draw, count=params.lora_batch, size=params.lora_crop, device=params.device)
+            return epsilon_loss(lambda x, t: network(x, t, bad), good, found.schedule, draw)
+
+        settings = {"steps": params.lora_steps, "learning_rate": params.lora_rate}
+        found.losses = train(found.network, loss, seed=seed, parameters=trained, **settings).losses
+        found.network.eval()
+        return found
+
+    @torch.no_grad()
+    def __call__(self, renders: Tensor, turn: int) -> Tensor:
+        params = self.params
+        draw = seeds.generator(self.seed, "repair", turn, device=params.device)
+        repaired = []
+        for part in renders.movedim(-1, 1).split(TOGETHER):
+            bad = 2 * part - 1
+            image = sdedit(
+                lambda x, t, bad=bad: self.network(x, t, bad, params.control),
+                bad,
+                self.schedule,
+                strength=params.strength,
+                steps=params.ddim_steps,
+                eta=params.eta,
+                generator=draw,
+                limit=PIXELS,
+            )
+            repaired.append((image + 1) / 2)
+        return torch.cat(repaired).clamp(0, 1).movedim(1, -1).contiguous()
+
+
+def early_pairs(renders: Mapping[str, Sequence[Tensor]], views: Sequence[View]) -> list[tuple[Tensor, Tensor]]:
+    """(early render, photograph) [3, H, W] of every training view."""
+    return [(drawn.movedim(-1, 0), view.image.movedim(-1, 0)) for view in views for drawn in renders.get(view.name, [])]
+
+
+def held_out_error(network: Controlled, pairs: Pairs, params: Params) -> dict[str, float]:
+    """Mean squared error of pictures nobody trained on, before and after SDEdit: how much the model repairs."""
+    bad, good = (torch.stack([pair[side] for pair in pairs]).movedim(1, -1) for side in (0, 1))
+    repaired = SmallRepair(params, network, 0)(bad.to(params.device), 0).to(good)
+    return {"before": float(F.mse_loss(bad, good)), "after": float(F.mse_loss(repaired, good))}
+
+
+def _blocks(name: str) -> bool:
+    """The convolutions and attention of both halves; not the layers of the time and the zero convolutions."""
+    return any(part in name for part in (".first.", ".second", ".query", ".key", ".value", ".out"))
