@@ -192,6 +192,22 @@ def test_broken_cameras_see_nothing_and_spoil_nothing() -> None:
     assert viewmats.grad[0].any() and not viewmats.grad[1:].any()
 
 
+@pytest.mark.parametrize("side", ["left", "right", "top", "bottom"])
+def test_a_box_that_only_touches_the_border_is_outside(side: str) -> None:
+    # on the axis of a camera of focal length 1, whose principal point moves; radius ceil(3.33 sqrt(1.3)) = 4 pixels
+    def seen(inwards: float) -> bool:
+        near, far = -4 + inwards, 68 - inwards
+        centre = {"left": (near, 32), "right": (far, 32), "top": (32, near), "bottom": (32, far)}[side]
+        K = torch.tensor([[[1, 0, centre[0]], [0, 1, centre[1]], [0, 0, 1]]], dtype=F64)
+        mean, view = torch.tensor([[0, 0, 1]], dtype=F64), torch.eye(4, dtype=F64)[None]
+        quat, scale = torch.ones(1, 4, dtype=F64), torch.ones(1, 3, dtype=F64)
+        radii = reference.projection(mean, quat, scale, None, view, K, 64, 64)[0].flatten().tolist()
+        assert radii in ([0, 0], [4, 4])
+        return radii == [4, 4]
+
+    assert not seen(0) and seen(2**-40)
+
+
 def test_a_flat_gaussian_has_no_compensation_and_finite_gradients() -> None:
     scene = splat_oracle.scene(10, 20, 1)
     scene.scales[:, 1:] = 0  # needles: the determinant before widening is 0, or a rounding error of either sign

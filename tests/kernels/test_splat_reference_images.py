@@ -102,7 +102,7 @@ def stack_of_opaque_gaussians(count: int = 30) -> dict[str, Tensor]:
 
 def test_a_pixel_ends_before_the_gaussian_that_would_darken_it() -> None:
     items = stack_of_opaque_gaussians()
-    items["conics"] *= 0  # alpha is 0.3 everywhere
+    items["conics"] *= 1e-12  # alpha is 0.3 everywhere
     image, alphas = reference.rasterize(*items.values(), None, 8, 8)
     drawn = 25  # 0.7^25 = 1.3e-4, 0.7^26 = 0.9e-4
     torch.testing.assert_close(alphas, torch.full_like(alphas, 1 - 0.7**drawn), rtol=0, atol=1e-14)
@@ -263,17 +263,19 @@ def test_broken_gaussians_are_culled_and_spoil_nothing(dtype: torch.dtype) -> No
     torch.testing.assert_close(found[3], expected[3])
 
 
-def test_items_that_are_not_finite_are_not_drawn() -> None:
+def test_items_that_are_broken_are_not_drawn() -> None:
     scene = splat_oracle.scene(11, 30)
     items = splat_oracle.items(scene, random(30, 3))
-    seen = (items["radii"] > 0).all(-1).nonzero()[:4, 0]
+    seen = (items["radii"] > 0).all(-1).nonzero()[:6, 0]
     without = items | {"radii": items["radii"].clone()}
     without["radii"][seen] = 0
     expected, _ = reference.rasterize(*without.values(), None, scene.width, scene.height)
     names = ("means2d", "conics", "opacities", "depths")
-    for i, name in zip(seen, names, strict=True):
+    for i, name in zip(seen, names, strict=False):
         items[name] = items[name].clone()
         items[name][i] = float("nan")
+    items["conics"][seen[4], 1] = 2 * items["conics"][seen[4]].max()  # a saddle
+    items["conics"][seen[5]] *= -1
     leaves = {name: items[name].requires_grad_() for name in names[:3]}
     found, _ = reference.rasterize(*items.values(), None, scene.width, scene.height)
     assert torch.equal(found, expected)
