@@ -82,7 +82,7 @@ def scene(seed: int, count: int, cameras: int = 1, width: int = 37, height: int 
         views.append(step @ world)
     means = (means - world[:3, 3]) @ world[:3, :3]
     quats = torch.randn(count, 4, generator=random, dtype=torch.float64)
-    made = Scene(means, quats, scales, opacities, torch.stack(views[:cameras]), K.repeat(cameras, 1, 1), width, height)
+    made = Scene(means, quats, scales, opacities, torch.stack(views)[:cameras], K.repeat(cameras, 1, 1), width, height)
     return made.to(torch.float32).to(torch.float64)
 
 
