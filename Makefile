@@ -44,7 +44,7 @@ test: setup-peers ## run the whole test suite
 
 # The sanitizers' runtime must be the first library of the process, and libstdc++ there for its __cxa_throw to be found.
 # Python never gives back all its memory: no leak check. --capture=sys lets the report of a dying process through.
-# Left out: the Triton kernels (none of our C++, slow) and the benchmarks (other people's code, memory as the sanitizer
+# Left out: the Triton kernels and the references (none of our C++, slow) and the benchmarks (other people's code, memory as the sanitizer
 # needs it). The second round is of the 16-lane code, which a processor without AVX-512 would not run.
 test-sanitize: setup ## run the kernels' tests under the address and undefined-behaviour sanitizers (GCC)
 	@cmake -S kernels -B build/sanitize -G Ninja -DKERNELS_SANITIZE=ON \
@@ -58,7 +58,7 @@ test-sanitize: setup ## run the kernels' tests under the address and undefined-b
 	python -c "from kernels import info; k = info(); assert k['sanitized'], k; print('resparse: sanitized', k['isa'])" && \
 	for isa in "" emulated512; do \
 		KERNELS_ISA=$$isa python -m pytest -q --capture=sys tests/kernels \
-			--ignore-glob='*_triton.py' --ignore=tests/kernels/test_bench.py || exit 1; \
+			--ignore-glob='*_triton.py' --ignore-glob='*_reference*.py' --ignore=tests/kernels/test_bench.py || exit 1; \
 	done
 
 lab: setup ## open JupyterLab at the papers

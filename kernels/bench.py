@@ -65,7 +65,8 @@ class Contender:
 class Case:
     """A problem and who solves it. `baseline` is a contender's name, `exact` the float64 result, slow to get.
 
-    `data_bytes`: input and output of one image.
+    `data_bytes`: input and output of one image. `work`: how many elementary steps the problem takes whoever solves it,
+    where they can be counted (for splatting, pairs of a Gaussian and a pixel that it changes).
     """
 
     name: str
@@ -74,6 +75,7 @@ class Case:
     baseline: str
     exact: Callable[[], Tensor]
     data_bytes: int
+    work: int | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,9 +150,10 @@ def _runs(module: Any, isa: str) -> bool:
 
 def _rows(op: str, cases: Iterable[Case], quick: bool) -> Iterator[Row]:
     for case in cases:
-        print(f"\n{op}  {case.call}, {case.name}: {case.data_bytes / 2**20:.1f} MiB; ratios to {case.baseline}")
+        work = "" if case.work is None else f", {case.work / 1e6:.1f} M steps"
+        print(f"\n{op}  {case.call}, {case.name}: {case.data_bytes / 2**20:.1f} MiB{work}; ratios to {case.baseline}")
         print(f"  {'implementation':22}{'threads':>8}{'batch':>6}{'ms':>10}{'quartiles':>20}{'CPU ms':>10}", end="")
-        print(f"{'ratio':>9}{'quartiles':>16}{'error':>9}{'+MiB':>7}", flush=True)
+        print(f"{'ratio':>9}{'quartiles':>16}{'error':>9}{'+MiB':>7}{'M steps/s':>11}", flush=True)
         for row in measure(op, case, 1 if quick else None):
             print(_line(row), flush=True)
             yield row
@@ -178,7 +181,7 @@ def measure(op: str, case: Case, rounds: int | None = None) -> list[Row]:
         {"op": op, "case": case.name, "call": case.call, "implementation": c.name, "threads": c.threads}
         | {"batch": c.batch}
         | measured.get(id(c), unmeasured)
-        | {"data_mib": c.batch * case.data_bytes / 2**20, "baseline": case.baseline, "note": c.note}
+        | {"data_mib": c.batch * case.data_bytes / 2**20, "baseline": case.baseline, "note": c.note, "work": case.work}
         for c in case.contenders
     ]
 
@@ -275,7 +278,9 @@ def _line(row: Row) -> str:
     spread = "" if row["ratio"] is None else f"{row['ratio_low']:.3g}..{row['ratio_high']:.3g}"
     line += f"{'' if row['ratio'] is None else format(row['ratio'], '.3g'):>9}{spread:>16}"
     line += f"{'' if row['difference'] is None else format(row['difference'], '.0e'):>9}"
-    return f"{line}{'' if row['extra_mib'] is None else format(row['extra_mib'], '.1f'):>7}  {row['note']}".rstrip()
+    line += f"{'' if row['extra_mib'] is None else format(row['extra_mib'], '.1f'):>7}"
+    rate = "" if row["work"] is None else format(row["work"] * row["batch"] / row["wall_ms"] / 1e3, ".0f")
+    return f"{line}{rate:>11}  {row['note']}".rstrip()
 
 
 def _facts(peers: Iterable[str]) -> dict[str, Any]:

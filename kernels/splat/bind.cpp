@@ -170,7 +170,8 @@ void project_backward_into(const Array<const float>& means, const Maybe<const fl
     const GaussiansGrad out{checked(grad_means, "grad_means", 3 * g.count), checked(grad_quats, "grad_quats", 4 * g.count),
                             checked(grad_scales, "grad_scales", 3 * g.count), checked(grad_covars, "grad_covars", 9 * g.count),
                             checked(grad_viewmats, "grad_viewmats", 16 * v.count)};
-    if (g.covars ? !out.covars : !(out.quats && out.scales)) throw std::invalid_argument("no room for the gradients of the shapes");
+    if (g.count > 0 && (g.covars ? !out.covars : !(out.quats && out.scales)))
+        throw std::invalid_argument("no room for the gradients of the shapes");
     nb::gil_scoped_release release;
     project_backward(g, v, grad, out, threads);
 }

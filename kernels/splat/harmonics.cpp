@@ -8,6 +8,7 @@ namespace kernels::splat {
 namespace {
 
 constexpr double kSmallest = 1e-12; // a direction shorter than this has no derivative
+constexpr int kMost = 16; // coefficients of a colour
 constexpr int64_t kFew = 1024;      // Gaussians that are not worth waking threads for
 
 // b [16] at the unit vector (x, y, z); with d [16][3], its derivatives too. Only the first (degree + 1)^2 are set.
@@ -42,6 +43,11 @@ void bases(int degree, double x, double y, double z, double* b, double (*d)[3]) 
     put(15, -k3 * x * (x * x - 3 * y * y), -3 * k3 * (x * x - y * y), 6 * k3 * x * y, 0);
 }
 
+// Each base three times in a row, as the coefficients of three colours are stored.
+void spread(const double* b, int used, float* out) {
+    for (int k = 0; k < used; ++k) out[3 * k] = out[3 * k + 1] = out[3 * k + 2] = static_cast<float>(b[k]);
+}
+
 struct Direction {
     double x, y, z, length;
 };
@@ -65,13 +71,14 @@ void harmonics(int degree, const float* dirs, const float* coeffs, bool shared, 
             std::fill_n(color, 3, 0.0f);
             if (visible && !visible[i]) continue;
             const Direction d = direction(dirs + 3 * i);
-            double b[16];
+            double b[kMost];
             bases(degree, d.x, d.y, d.z, b, nullptr);
             const float* coeff = coeffs + (shared ? n : i) * stored * 3;
-            double sum[3] = {};
-            for (int k = 0; k < used; ++k)
-                for (int c = 0; c < 3; ++c) sum[c] += b[k] * coeff[3 * k + c];
-            for (int c = 0; c < 3; ++c) color[c] = static_cast<float>(sum[c]);
+            float each[3 * kMost];
+            spread(b, used, each);
+            for (int k = 0; k < 3 * used; ++k) each[k] *= coeff[k];
+            for (int k = 0; k < 3 * used; k += 3)
+                for (int c = 0; c < 3; ++c) color[c] += each[k + c];
         }
 }
 
@@ -88,18 +95,20 @@ void harmonics_backward(int degree, const float* dirs, const float* coeffs, bool
             std::fill_n(grad_dirs + 3 * i, 3, 0.0f);
             if (visible && !visible[i]) continue;
             const Direction d = direction(dirs + 3 * i);
-            double b[16], derivative[16][3];
+            double b[kMost], derivative[kMost][3];
             bases(degree, d.x, d.y, d.z, b, derivative);
             const float* coeff = coeffs + (shared ? n : i) * stored * 3;
-            const double g[3] = {grad[3 * i], grad[3 * i + 1], grad[3 * i + 2]};
+            const float* g = grad + 3 * i;
+            float each[3 * kMost], along[3 * kMost];
+            spread(b, used, each);
+            for (int k = 0; k < 3 * used; k += 3)
+                for (int c = 0; c < 3; ++c) along[k + c] = g[c];
+            for (int k = 0; k < 3 * used; ++k) to[k] += each[k] * along[k];
+            for (int k = 0; k < 3 * used; ++k) along[k] *= coeff[k];
             double unit[3] = {}; // dL/d(unit direction)
             for (int k = 0; k < used; ++k) {
-                double along = 0;
-                for (int c = 0; c < 3; ++c) {
-                    along += g[c] * coeff[3 * k + c];
-                    to[3 * k + c] += static_cast<float>(b[k] * g[c]);
-                }
-                for (int c = 0; c < 3; ++c) unit[c] += derivative[k][c] * along;
+                const double sum = along[3 * k] + along[3 * k + 1] + along[3 * k + 2];
+                for (int c = 0; c < 3; ++c) unit[c] += derivative[k][c] * sum;
             }
             if (d.length < kSmallest) continue;
             const double radial = unit[0] * d.x + unit[1] * d.y + unit[2] * d.z;

@@ -215,7 +215,7 @@ def _backgrounds_of(
 
 
 def _each(tensor: Tensor | None, count: int) -> Sequence[Any]:
-    """[B, ...] -> B tensors, or B times None. A batch of one is only viewed: taking it out by an index costs a copy going back."""
+    """[B, ...] -> B tensors, or B times None. A batch of one is only viewed: an index would cost a copy going back."""
     if tensor is None:
         return [None] * count
     return [tensor.squeeze(0)] if len(tensor) == 1 else tensor.unbind()

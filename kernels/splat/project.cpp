@@ -116,14 +116,15 @@ View view(const Cameras& cameras, int64_t c) {
     return v;
 }
 
-// One Gaussian before one camera.
+// One Gaussian before one camera. With J the Jacobian of the projection and W the camera's rotation, the covariance on
+// the image is (J W) covariance (J W)^T.
 struct Splat {
-    Vec mean;            // in camera coordinates
-    Mat covariance;      // likewise
-    double x, y;         // mean.x and mean.y, limited, as in the Jacobian
+    Vec mean;                // in camera coordinates
+    double x, y;             // mean.x and mean.y, limited, as in the Jacobian
     bool limited_x, limited_y;
-    double jacobian[2][3];
-    double xx, xy, yy;   // covariance on the image, blurred
+    double j00, j02, j11, j12;
+    double jw[2][3], jwc[2][3]; // J W, and that times the covariance
+    double xx, xy, yy;       // covariance on the image, blurred
     double determinant, compensation;
 };
 
@@ -131,19 +132,20 @@ Splat splat(const Shape& shape, const float* mean, const View& v, double eps2d) 
     Splat s;
     s.mean = v.rotation * Vec{mean[0], mean[1], mean[2]};
     s.mean = {s.mean.x + v.translation.x, s.mean.y + v.translation.y, s.mean.z + v.translation.z};
-    s.covariance = v.rotation * shape.covariance * transposed(v.rotation);
-    const double z = s.mean.z, tx = s.mean.x / z, ty = s.mean.y / z;
+    const double inverse = 1 / s.mean.z, tx = s.mean.x * inverse, ty = s.mean.y * inverse;
     s.limited_x = !(tx >= v.left && tx <= v.right), s.limited_y = !(ty >= v.top && ty <= v.bottom);
-    s.x = z * std::min(std::max(tx, v.left), v.right), s.y = z * std::min(std::max(ty, v.top), v.bottom);
-    const double j[2][3] = {{v.fx / z, 0, -v.fx * s.x / (z * z)}, {0, v.fy / z, -v.fy * s.y / (z * z)}};
-    std::copy(&j[0][0], &j[0][0] + 6, &s.jacobian[0][0]);
-    auto image = [&](int a, int b) {
-        double sum = 0;
-        for (int i = 0; i < 3; ++i)
-            for (int k = 0; k < 3; ++k) sum += j[a][i] * s.covariance.m[i][k] * j[b][k];
-        return sum;
-    };
-    const double xx = image(0, 0), xy = image(0, 1), yy = image(1, 1);
+    const double limited_tx = std::min(std::max(tx, v.left), v.right), limited_ty = std::min(std::max(ty, v.top), v.bottom);
+    s.x = s.mean.z * limited_tx, s.y = s.mean.z * limited_ty;
+    s.j00 = v.fx * inverse, s.j02 = -s.j00 * limited_tx, s.j11 = v.fy * inverse, s.j12 = -s.j11 * limited_ty;
+    const auto& w = v.rotation.m;
+    const auto& c = shape.covariance.m;
+    for (int k = 0; k < 3; ++k) {
+        s.jw[0][k] = s.j00 * w[0][k] + s.j02 * w[2][k];
+        s.jw[1][k] = s.j11 * w[1][k] + s.j12 * w[2][k];
+    }
+    auto row = [](const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; };
+    for (int k = 0; k < 3; ++k) s.jwc[0][k] = row(s.jw[0], c[k]), s.jwc[1][k] = row(s.jw[1], c[k]);
+    const double xx = row(s.jwc[0], s.jw[0]), xy = row(s.jwc[0], s.jw[1]), yy = row(s.jwc[1], s.jw[1]);
     s.xx = xx + eps2d, s.xy = xy, s.yy = yy + eps2d;
     s.determinant = s.xx * s.yy - xy * xy;
     s.compensation = std::sqrt(std::max(0.0, (xx * yy - xy * xy) / s.determinant));
@@ -218,42 +220,37 @@ void project_one_backward(const float* mean, const Shape& shape, const Cameras& 
     const Splat s = splat(shape, mean, v, cameras.eps2d);
     double g[3];
     image_covariance_grad(s, cameras, grad, i, g);
-    const double image[2][2] = {{g[0], g[1]}, {g[1], g[2]}};
-    const auto& j = s.jacobian;
-    const Mat camera = matrix([&](int a, int b) { // J^T G J
-        double sum = 0;
-        for (int r = 0; r < 2; ++r)
-            for (int k = 0; k < 2; ++k) sum += j[r][a] * image[r][k] * j[k][b];
-        return sum;
-    });
-    auto jacobian_grad = [&](int row, int column) { // 2 G J covariance
-        double sum = 0;
-        for (int k = 0; k < 2; ++k)
-            for (int m = 0; m < 3; ++m) sum += image[row][k] * j[k][m] * s.covariance.m[m][column];
-        return 2 * sum;
-    };
+    double jw[2][3]; // dL/d(J W)
+    for (int k = 0; k < 3; ++k) {
+        jw[0][k] = 2 * (g[0] * s.jwc[0][k] + g[1] * s.jwc[1][k]);
+        jw[1][k] = 2 * (g[1] * s.jwc[0][k] + g[2] * s.jwc[1][k]);
+    }
+    const auto& w = v.rotation.m;
+    auto row = [](const double* a, const double* b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; };
+    const double j00 = row(jw[0], w[0]), j02 = row(jw[0], w[2]), j11 = row(jw[1], w[1]), j12 = row(jw[1], w[2]);
     const double z = s.mean.z, z2 = z * z, z3 = z2 * z;
     const double gx = grad.means2d[2 * i], gy = grad.means2d[2 * i + 1];
-    const double j02 = jacobian_grad(0, 2), j12 = jacobian_grad(1, 2);
     Vec d{v.fx / z * gx, v.fy / z * gy, grad.depths[i]};
-    d.z -= (v.fx * s.mean.x * gx + v.fy * s.mean.y * gy) / z2;
-    d.z -= (v.fx * jacobian_grad(0, 0) + v.fy * jacobian_grad(1, 1)) / z2;
+    d.z -= (v.fx * (s.mean.x * gx + j00) + v.fy * (s.mean.y * gy + j11)) / z2;
     // a limited x is z times a constant, and J02 then falls with 1/z only
     d.x -= s.limited_x ? 0 : v.fx / z2 * j02;
     d.y -= s.limited_y ? 0 : v.fy / z2 * j12;
-    d.z += (s.limited_x ? 1 : 2) * v.fx * s.x / z3 * j02 + (s.limited_y ? 1 : 2) * v.fy * s.y / z3 * j12;
+    d.z += ((s.limited_x ? 1 : 2) * v.fx * s.x * j02 + (s.limited_y ? 1 : 2) * v.fy * s.y * j12) / z3;
 
     const Vec world = transposed_times(v.rotation, d);
     grad_mean = {grad_mean.x + world.x, grad_mean.y + world.y, grad_mean.z + world.z};
-    const Mat covariance = transposed(v.rotation) * camera * v.rotation;
-    const Mat turned = camera * v.rotation * shape.covariance;
-    const double at[3] = {mean[0], mean[1], mean[2]}, moved[3] = {d.x, d.y, d.z};
-    for (int a = 0; a < 3; ++a)
-        for (int b = 0; b < 3; ++b) {
-            grad_covariance.m[a][b] += covariance.m[a][b];
-            grad_view.rotation.m[a][b] += moved[a] * at[b] + 2 * turned.m[a][b];
-        }
     grad_view.translation = {grad_view.translation.x + d.x, grad_view.translation.y + d.y, grad_view.translation.z + d.z};
+    const double moved[3] = {d.x, d.y, d.z};
+    for (int b = 0; b < 3; ++b) {
+        for (int a = 0; a < 3; ++a) {
+            const double left = g[0] * s.jw[0][a] + g[1] * s.jw[1][a], right = g[1] * s.jw[0][a] + g[2] * s.jw[1][a];
+            grad_covariance.m[a][b] += left * s.jw[0][b] + right * s.jw[1][b];
+            grad_view.rotation.m[a][b] += moved[a] * mean[b];
+        }
+        grad_view.rotation.m[0][b] += s.j00 * jw[0][b];
+        grad_view.rotation.m[1][b] += s.j11 * jw[1][b];
+        grad_view.rotation.m[2][b] += s.j02 * jw[0][b] + s.j12 * jw[1][b];
+    }
 }
 
 void shape_backward(const Gaussians& gaussians, int64_t n, const Shape& shape, const Mat& grad, const GaussiansGrad& out) {

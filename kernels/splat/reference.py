@@ -168,8 +168,9 @@ def rasterize(
     In the order of their depths (equal ones: of their indices), each Gaussian whose box touches the pixel's tile covers
     it by alpha = min(alpha_max, opacity exp(-sigma)) with sigma = (a dx^2 + c dy^2) / 2 + b dx dy. It is passed over
     where sigma < 0 or alpha < 1/255. The first that would bring the transmittance T, the product of 1 - alpha, to 1e-4
-    or below ends the pixel and is not drawn itself. Not drawn either: items with a radius of 0, and with NaN or
-    infinity in anything but the colour. A colour that is not finite makes the tiles of its box NaN.
+    or below ends the pixel and is not drawn itself. Not drawn either: items with a radius of 0, with a conic that is
+    not positive definite, with NaN or infinity in anything but the colour. A colour that is not finite makes the tiles
+    of its box NaN.
 
     Returns render [C, H, W, D]: the sum of alpha T colour, plus the last T times the background; alphas [C, H, W, 1]:
     one minus the last T. depths, radii and the order have no gradient; a clipped alpha has none either.
@@ -179,7 +180,9 @@ def rasterize(
     index = torch.arange(tile_size, dtype=means2d.dtype, device=means2d.device) + 0.5
     pixels = torch.cartesian_prod(index, index).flip(-1)  # [P, 2], x changes fastest; of the tile at the origin
     low, high = (means2d - radii).detach(), (means2d + radii).detach()
-    drawn = (radii > 0).all(-1) & _finite(means2d, conics, opacities[:, None], depths[:, None])
+    a, b, c = conics.unbind(-1)
+    definite = (a > 0) & (a * c > b * b)
+    drawn = definite & (radii > 0).all(-1) & _finite(means2d, conics, opacities[:, None], depths[:, None])
     images = [colors.new_empty(0, height, width, colors.shape[1] + 1)]
     for camera, (start, stop) in enumerate(itertools.pairwise(first.tolist())):
         items = start + drawn[start:stop].nonzero()[:, 0]

@@ -91,14 +91,13 @@ def spherical_harmonics(degree: int, dirs: Tensor, coeffs: Tensor, masks: Tensor
             dirs = torch.where(masks[..., None], dirs, 0)
             coeffs = torch.where(masks[..., None, None], coeffs, 0)
         return reference.spherical_harmonics(degree, dirs, coeffs).expand(*batch, 3)
-    rows = dirs.expand(*batch, 3)
+    count = batch[-1] if batch else 1
+    table = (batch[:-1].numel(), count)  # cameras and Gaussians
     if masks is not None:
-        masks = masks.expand(batch).reshape(-1, batch[-1]) if batch else masks.reshape(1, 1)
-    if coeffs.ndim == 3 and batch and coeffs.shape[0] == batch[-1]:
-        rows = rows.reshape(-1, batch[-1], 3)  # coefficients shared by all cameras
-    else:
-        rows = rows.reshape(-1, batch[-1] if batch else 1, 3)
-        coeffs = coeffs.expand(*batch, *coeffs.shape[-2:]).reshape(*rows.shape[:2], *coeffs.shape[-2:])
+        masks = masks.expand(batch).reshape(table)
+    if coeffs.ndim != 3 or coeffs.shape[0] != count or not batch:  # else all cameras share them
+        coeffs = coeffs.expand(*batch, *coeffs.shape[-2:]).reshape(*table, *coeffs.shape[-2:])
+    rows = dirs.expand(*batch, 3).reshape(*table, 3)
     return ops.harmonics(degree, rows, coeffs, masks).reshape(*batch, 3)
 
 
