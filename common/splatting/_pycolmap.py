@@ -16,7 +16,7 @@ SEED = 0
 
 @contextmanager
 def quiet() -> Iterator[Any]:
-    """pycolmap with its progress log off; errors are still logged. Restored afterwards.
+    """pycolmap with its log off: what matters is raised or returned. Restored afterwards.
 
     Raises SceneError where pycolmap is not installed.
     """
@@ -25,7 +25,7 @@ def quiet() -> Iterator[Any]:
     except ImportError as error:
         raise SceneError("pycolmap is not installed; it comes with the project's requirements (make setup).") from error
     before = pycolmap.logging.minloglevel
-    pycolmap.logging.minloglevel = pycolmap.logging.Level.ERROR.value
+    pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value
     try:
         yield pycolmap
     finally:

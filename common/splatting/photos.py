@@ -147,7 +147,8 @@ def _solve(pycolmap: Any, work: Path, names: list[str], focals: dict[str, float]
     tell(f"{features} features")
     _pycolmap.match(pycolmap, database)
     with pycolmap.Database.open(database) as store:
-        pairs = store.num_verified_image_pairs()
+        _, geometries = store.read_two_view_geometries()
+        pairs = sum(len(geometry.inlier_matches) > 0 for geometry in geometries)
     tell(f"{pairs} of {len(names) * (len(names) - 1) // 2} pairs match")
     if not pairs:
         raise SceneError(
