@@ -51,8 +51,8 @@ class Target:
             )
         self.weight = None if weight is None else weight.detach()[..., None].to(image.dtype)  # [H, W, 1]
         self.image = (image.detach() if self.weight is None else image.detach() * self.weight).contiguous()
-        self.mean, square = _window_means(torch.stack([self.image, self.image.square()]))
-        self.variance_term = square - self.mean.square() + C2
+        self.mean = _window_mean(self.image)
+        self.variance_term = _window_mean(self.image.square()) - self.mean.square() + C2
 
 
 def photometric(image: Tensor, target: Target | Tensor, *, dssim: float = 0.2) -> Tensor:
@@ -181,12 +181,7 @@ def _ssim(x: Tensor, target: Target, share: Tensor | float, with_gradient: bool)
     vx = xx - mx^2, where mx, my, xx and xy are window means of x, y, x^2 and x y.
     """
     y, my = target.image, target.mean
-    moments = x.new_empty(3, *x.shape)
-    moments[0] = x
-    torch.mul(x, x, out=moments[1])
-    torch.mul(x, y, out=moments[2])
-    mx, xx, xy = _window_means(moments)
-
+    mx, xx, xy = _window_mean(x), _window_mean(x * x), _window_mean(x * y)
     product, square = mx * my, mx * mx
     c, d = torch.addcmul(square, my, my).add_(C1), xx.sub_(square).add_(target.variance_term)
     a, b = product.mul(2).add_(C1), xy.sub_(product).mul_(2).add_(C2)
@@ -200,26 +195,25 @@ def _ssim(x: Tensor, target: Target, share: Tensor | float, with_gradient: bool)
     by_xx = (ssim_map / d).neg_()
     by_mx = torch.sub(b, a).mul_(inverse).mul_(my).sub_((ssim_map / c).add_(by_xx).mul_(mx)).mul_(2)
     by_xy = a.mul_(inverse).mul_(2)
-    for slot, derivative in zip(moments, (by_mx, by_xx, by_xy), strict=True):
-        torch.mul(derivative, share, out=slot)
-    from_mx, from_xx, from_xy = _window_means(moments)  # the window is symmetric: its adjoint is itself
+    # the window is symmetric, so its adjoint is itself
+    from_mx, from_xx, from_xy = (_window_mean(derivative.mul_(share)) for derivative in (by_mx, by_xx, by_xy))
     return value, from_mx.add_(from_xx.mul_(x), alpha=2).addcmul_(from_xy, y)
 
 
-def _window_means(images: Tensor) -> Tensor:
-    """Gaussian window means of [M, H, W, C] with zeros around, as sums of shifted copies.
+def _window_mean(image: Tensor) -> Tensor:
+    """Gaussian window means of [H, W, C] with zeros around, as sums of shifted copies.
 
-    On a CPU that is as fast as torch's best convolution here (depthwise, channels last) and needs no layout change.
+    On a CPU that is as fast as torch's best convolution here (depthwise, channels last) and needs no change of layout.
     """
-    _, height, width, channels = images.shape
+    height, width, channels = image.shape
     weights = [math.exp(-0.5 * (offset / SIGMA) ** 2) for offset in range(-(WINDOW // 2), WINDOW // 2 + 1)]
     weights = [weight / sum(weights) for weight in weights[WINDOW // 2 :]]  # the middle one and those to one side
-    means = images.flatten(2)  # [M, H, W C]
-    for dim, length, step in ((1, height, 1), (2, width * channels, channels)):
+    means = image.flatten(1)  # [H, W C]
+    for dim, length, step in ((0, height, 1), (1, width * channels, channels)):
         source, means = means, means * weights[0]
         for offset, weight in enumerate(weights[1:], start=1):
             kept = length - offset * step
             if kept > 0:
                 means.narrow(dim, offset * step, kept).add_(source.narrow(dim, 0, kept), alpha=weight)
                 means.narrow(dim, 0, kept).add_(source.narrow(dim, offset * step, kept), alpha=weight)
-    return means.view_as(images)
+    return means.view_as(image)

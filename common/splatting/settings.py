@@ -59,7 +59,7 @@ class TrainSettings:
     antialiased: bool = False
     strategy: Strategy | None = field(default_factory=DefaultStrategy)
     eval_every: int = 0
-    checkpoint_every: int = 0
+    checkpoint_every: int = 1_000
 
     def plain(self) -> dict[str, str]:
         """What a resumed training must share with the one before: all settings but those that change no number."""
