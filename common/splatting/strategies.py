@@ -104,8 +104,8 @@ class DefaultStrategy:
         if step > self.first and step % self.every == 0 and not paused:
             self._grow(step, population, generator)
             self._prune(step, population)
-            for value in population.statistics.values():
-                value.zero_()
+            for name in ("gradient", "seen", "radius"):
+                population.statistic(name).zero_()
         if step % self.reset_every == 0:
             ceiling = _logit(torch.tensor(2 * self.prune_opacity))
             logits = population.model.opacity_logits.detach()

@@ -31,7 +31,7 @@ from common.splatting.population import Population
 from common.splatting.scene import Scene, View
 from common.splatting.settings import TrainSettings
 
-__all__ = ["FitResult", "TrainSettings", "Trainer", "fit"]
+__all__ = ["FitResult", "Trainer", "fit"]
 
 BAR_EVERY = 10  # steps; the PSNR beside the bar costs a little
 

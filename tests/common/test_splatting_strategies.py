@@ -177,7 +177,8 @@ def test_small_ones_are_duplicated_large_ones_split_and_the_rest_stays() -> None
     assert torch.equal(after["opacity_logits"][parts], before["opacity_logits"][[4, 5, 4, 5]])
     distance = (after["means"][parts] - before["means"][[4, 5, 4, 5]]).norm(dim=1)
     assert bool((distance > 0).all()) and float(distance.max()) < 6 * 0.05  # six standard deviations
-    assert all(bool((value == 0).all()) for value in population.statistics.values())
+    assert all(bool((population.statistic(name) == 0).all()) for name in ("gradient", "seen", "radius"))
+    assert population.statistic("number").tolist() == [0, 1, 2, 3, 1, 4, 5, 4, 5]  # somebody else's stays
 
 
 def test_parts_of_a_split_are_drawn_from_the_gaussian() -> None:
