@@ -41,7 +41,7 @@ class FitResult:
     """A finished training.
 
     model        the Gaussians
-    background   [3] what they were trained on; black for random backgrounds
+    background   [3] the colour to evaluate on, see `Trainer.background`
     losses       one a step
     counts       the number of Gaussians after each step
     evaluations  {"step", "psnr", "ssim"} of the test views at each evaluation
