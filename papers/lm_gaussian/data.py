@@ -1,9 +1,10 @@
-"""The scenes: generated courtyards with exact truth, the real fern, and COLMAP folders of yours; with their priors."""
+"""The scenes with their priors: generated courtyards with exact truth, the real fern, COLMAP scenes of yours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from common import data as datasets
 from common import files
 from common.splatting import Camera, Scene, View
-from common.splatting.colmap import load_colmap
+from common.splatting.colmap import find_model, load_colmap
 from common.splatting.generated import facade_scene, object_scene, room_rig, room_world, surface_points
 from common.splatting.raycast import World
 from common.splatting.real import fern
@@ -23,6 +24,7 @@ from papers.lm_gaussian.settings import Params
 
 WALL = (7.0, 7.0, 4.0)  # half sizes of the courtyard, so that walls are two to three times as far as the furniture
 SFM_POINTS, SFM_NOISE = 600, 0.01  # what structure from motion would find, before two views must share a point
+COURTYARD, FERN = "courtyard", "scene_fern_llff"
 PRIOR_SCENES = 1000  # the seeds of the diffusion model's scenes begin here
 
 
@@ -47,10 +49,30 @@ class Case:
     unseen: float | None = None
 
 
-def case(params: Params, views: int, seed: int) -> Case:
-    """The scene of a seed with `views` training views, on the device of the parameters."""
-    made = courtyard(params, views, seed) if params.dataset == "courtyard" else _from_colmap(params, views)
-    return made
+def scenes(params: Params) -> list[str]:
+    """The scenes of a run: the subfolders of data_dir, or one courtyard.
+
+    Raises ValueError where data_dir is missing or holds no scene.
+    """
+    if params.dataset == "courtyard":
+        return [COURTYARD]
+    root = Path(params.data_dir)
+    found = sorted(path.name for path in root.glob("*/") if find_model(path)) if params.data_dir else []
+    if not found:
+        raise ValueError(
+            f"data_dir is {params.data_dir!r}; {params.dataset} needs a folder with one subfolder a scene, each with "
+            "photographs in images/ and a COLMAP model in sparse/0: --set data_dir=FOLDER"
+        )
+    return found
+
+
+def case(params: Params, scene: str, views: int, seed: int) -> Case:
+    """A scene of `scenes` with `views` training views, on the device of the parameters."""
+    if params.dataset == "courtyard":
+        return courtyard(params, views, seed)
+    from papers.lm_gaussian import pretrained
+
+    return pretrained.case(params, load_colmap(Path(params.data_dir) / scene, views=views, factor=params.factor))
 
 
 def courtyard(params: Params, views: int, seed: int) -> Case:
@@ -101,19 +123,16 @@ def fern_case(params: Params) -> Case:
 
 
 def provenance(params: Params) -> tuple[str, str]:
-    """The data set's name and a digest of what identifies it."""
+    """The data set's name, and a digest of what was generated from or of the names and sizes of its files."""
     if params.dataset == "courtyard":
-        shape = [params.width, params.height, params.tests, params.views, params.seeds]
-        return "courtyard", files.digest([repr(shape)])
-    from pathlib import Path
-
+        return COURTYARD, files.digest([repr([params.width, params.height, params.tests, params.views, params.seeds])])
     listed = sorted(path for path in Path(params.data_dir).rglob("*") if path.is_file())
-    return "colmap", files.digest([f"{path.name} {path.stat().st_size}" for path in listed])
+    return params.dataset, files.digest([f"{path.name} {path.stat().st_size}" for path in listed])
 
 
 def fern_sha256() -> str:
-    """The registered hash of the fern's files."""
-    return datasets.sha256("scene_fern_llff")
+    """One digest of the fern's photographs and poses."""
+    return datasets.registry()[FERN].sha256
 
 
 def prior_scenes(params: Params) -> list[Scene]:
@@ -131,15 +150,3 @@ def _unseen(world: World, train: Sequence[View], test: Sequence[View]) -> float:
         points = view.camera.backproject(view.depth).reshape(-1, 3)
         seen.append(torch.stack([world.visible(points, other.camera) for other in train]).any(dim=0))
     return 1 - float(torch.cat(seen).float().mean())
-
-
-def _from_colmap(params: Params, views: int) -> Case:
-    from papers.lm_gaussian import pretrained
-
-    if not params.data_dir:
-        raise ValueError(
-            "data_dir is empty; dataset colmap needs the folder of a COLMAP model with its photographs, for instance "
-            "a scene of Tanks and Temples: --set data_dir=FOLDER"
-        )
-    scene = load_colmap(params.data_dir, views=views, factor=params.factor)
-    return pretrained.case(params, scene)

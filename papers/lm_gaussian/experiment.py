@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from common import seeds
-from common.metrics.perceptual import gmsd
+from common.metrics.perceptual import gmsd, load_lpips
 from common.splatting import PointCloud, View
 from common.splatting.evaluation import evaluate
 from common.splatting.model import Gaussians
 from common.splatting.settings import TrainSettings
 from common.splatting.strategies import DefaultStrategy
 from common.splatting.training import fit
-from papers.lm_gaussian import method, priors, repair
+from papers.lm_gaussian import data, method, priors, repair
 from papers.lm_gaussian.data import Case
 from papers.lm_gaussian.settings import Params
 
@@ -37,6 +38,7 @@ class Stage1:
     priors: Priors = "standin"
     densify: bool = False
     depth_normal: bool = False
+    covered: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Stage2:
 
 
 ALL = ("depth", "normal", "virtual")
+LOSSES = (*ALL, "depth_normal")
+PRIOR_SEED = 0  # one diffusion model serves all seeds, as there is one Stable Diffusion
 
 # LM-5, LM-6 and LM-7 are the first lines; the others are controls and what the released script leaves out
 STAGE1 = {
@@ -64,6 +68,7 @@ STAGE1 = {
     "densified": Stage1("with densification", losses=ALL, densify=True),
     "depth_normal": Stage1("with depth-normal", losses=(*ALL, "depth_normal"), depth_normal=True),
     "aligned": Stage1("with alignment", losses=ALL, start="aligned"),
+    "covered": Stage1("virtual where covered", losses=ALL, covered=True),
 }
 STAGE2 = {
     "full": Stage2("+ repair"),
@@ -133,12 +138,13 @@ def stage1(params: Params, case: Case, name: str, seed: int, *, progress: bool =
     start, early = len(model), method.EarlyRenders(params.early_until, params.early_most)
     extensions: list[Any] = [early]
     if arm.losses:
-        virtual = [(camera, method.point_image(points, camera)) for camera in case.virtual]
+        virtual = [method.point_image(points, camera) for camera in case.virtual]
         weights = method.Weights(
             **{loss: getattr(params, f"w_{loss}") if loss in arm.losses else 0.0 for loss in LOSSES}
         )
         late = plan(params).late if arm.depth_normal else params.stage1
-        extensions.append(method.MultiModal(_mono(case, arm), virtual, weights, box=params.box, late=late))
+        options = {"box": params.box, "late": late, "covered": arm.covered}
+        extensions.append(method.MultiModal(_mono(case, arm), virtual, weights, **options))
     settings = _settings(params, params.stage1, seed, mode="RGB+ED", strategy=_growth(params) if arm.densify else None)
     result = fit(case.scene, settings, model=model, extensions=extensions, progress=progress)
     return {
@@ -148,7 +154,7 @@ def stage1(params: Params, case: Case, name: str, seed: int, *, progress: bool =
         "count": (start, len(result.model)),
         "points": len(points),
         "seconds": time.perf_counter() - began,
-        "scores": scores(case, result.model, result.background),
+        "scores": scores(params, case, result.model, result.background),
     }
 
 
@@ -156,7 +162,7 @@ def stage1(params: Params, case: Case, name: str, seed: int, *, progress: bool =
 def stage2(
     params: Params, case: Case, name: str, first: Mapping[str, Any], prior: Any, seed: int, *, progress: bool = False
 ) -> dict[str, Any]:
-    """Go on from a result of `stage1`. `prior` is the repair model's network, see `mender`.
+    """Go on from a result of `stage1`; `prior` is what `prior` returned (None where the authors' models are used).
 
     Returns what stage1 does (without early renders) and the virtual views `drawn` and `repaired` of the last round.
     """
@@ -174,7 +180,7 @@ def stage2(
         "loss": result.losses,
         "count": (len(first["model"]["means"]), len(result.model)),
         "seconds": time.perf_counter() - began,
-        "scores": scores(case, result.model, result.background),
+        "scores": scores(params, case, result.model, result.background),
     }
     if extensions:
         found |= {"drawn": extensions[0].drawn.cpu(), "repaired": extensions[0].targets.cpu()}
@@ -184,47 +190,50 @@ def stage2(
 def mender(
     params: Params, case: Case, kind: Mender, early: Mapping[str, list[Tensor]], prior: Any, seed: int
 ) -> Callable[[Tensor, int], Tensor] | None:
-    """Who repairs: the diffusion model, the truth, or the model's work shown at the wrong cameras; None: nobody.
-
-    prior  a Controlled network, or a function (pairs, seed) -> repairer where the authors' models are used
-    """
+    """Who repairs: the diffusion model, the truth, or the model's work shown at the wrong cameras; None: nobody."""
     if kind == "none":
         return None
     if kind == "oracle":
         truth = _perfect(case.truth)
         return lambda drawn, turn: truth
-    pairs = repair.early_pairs(early, case.scene.train)
-    if callable(prior) and not isinstance(prior, torch.nn.Module):
-        return prior(pairs, seed)
-    if kind == "no_lora":
-        return repair.SmallRepair(params, prior, seed)
-    found = repair.SmallRepair.adapted(params, prior, pairs, seed)
+    pairs = None if kind == "no_lora" else repair.early_pairs(early, case.scene.train)
+    found = repair.repairer(params, prior, pairs, seed)
     if kind == "shuffled":
         return lambda drawn, turn: found(drawn, turn).roll(len(drawn) // 2, dims=0)
     return found
 
 
-def scores(case: Case, model: Gaussians, background: Tensor) -> dict[str, float]:
-    """Mean `psnr` (dB), `ssim` and `gmsd` over the test views."""
+@seeds.one_thread()
+def prior(params: Params) -> dict[str, Any]:
+    """The small diffusion model's training, `repair.train_prior`, and its `error` on pictures of the last scene."""
+    pairs = repair.bad_pictures(data.prior_scenes(params), PRIOR_SEED)
+    kept = len(pairs) // params.prior_scenes
+    found = repair.train_prior(params, pairs[:-kept], PRIOR_SEED)
+    network = repair.small_network(params, found["state"])
+    return found | {"error": repair.held_out_error(network, pairs[-kept:], params)}
+
+
+@torch.no_grad()
+def scores(params: Params, case: Case, model: Gaussians, background: Tensor) -> dict[str, float]:
+    """Means over the test views: `psnr` (dB), `ssim`, `gmsd`, and `lpips` where the parameters name its network."""
     found = evaluate(model, case.scene.test, background=background)
-    with torch.no_grad():
-        perceptual = [
-            float(gmsd(picture(model, view, background).movedim(-1, 0), view.image.movedim(-1, 0)))
-            for view in case.scene.test
+    means = {name: found.mean(name) for name in ("psnr", "ssim")}
+    perceptual: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"gmsd": gmsd}
+    if params.lpips:
+        perceptual["lpips"] = load_lpips(params.lpips).to(background.device)
+    shown = [picture(model, view, background).movedim(-1, 0) for view in case.scene.test]
+    for name, distance in perceptual.items():
+        values = [
+            float(distance(ours, view.image.movedim(-1, 0))) for ours, view in zip(shown, case.scene.test, strict=True)
         ]
-    named = {name: found.mean(name) for name in ("psnr", "ssim")}
-    return {name: value for name, value in named.items() if value is not None} | {
-        "gmsd": sum(perceptual) / len(perceptual)
-    }
+        means[name] = statistics.fmean(values)
+    return {name: value for name, value in means.items() if value is not None}
 
 
 @torch.no_grad()
 def picture(model: Gaussians, view: View, background: Tensor) -> Tensor:
     """[H, W, 3] the render of a view, limited to 0..1."""
     return model.render(view.camera, background=background).image.clamp(0, 1)
-
-
-LOSSES = ("virtual", "depth", "normal", "depth_normal")
 
 
 def _mono(case: Case, arm: Stage1) -> dict[str, method.Mono]:

@@ -13,7 +13,7 @@ symbol     name here         shape        meaning
 D_i, C_i   depth, confidence [H, W]       of training view i by stereo; C >= 1, as DUSt3R's 1 + exp(.)
 D^m, N^m   Mono              [H, W] (, 3) monocular depth (scale and shift unknown) and normals (world axes)
 v          cameras           V of them    virtual cameras between neighbouring training views
-P_v        point_image       [H, W, 3]    the cleaned points drawn from v
+P_v        PointImage        [H, W, 3]    the cleaned points drawn from v
 R_v        targets           [H, W, 3]    the repaired render of v
 w_v        distance_weights  [V]          how much R_v counts, 0..1
 """
@@ -192,14 +192,27 @@ def virtual_cameras(views: Sequence[View], between: int, *, closed: bool) -> lis
     return [interpolate(a, b, (step + 1) / (between + 1)) for a, b in pairs for step in range(between)]
 
 
-def point_image(cloud: PointCloud, camera: Camera) -> Tensor:
-    """[H, W, 3] the points as small discs in front of white: round Gaussians of POINT_RADIUS, nearly opaque."""
+@dataclass(frozen=True, eq=False)
+class PointImage:
+    """What a virtual camera sees of the cleaned points, in front of white.
+
+    image [H, W, 3];  cover [H, W] 0..1, how much of the pixel is points
+    """
+
+    camera: Camera
+    image: Tensor
+    cover: Tensor
+
+
+def point_image(cloud: PointCloud, camera: Camera) -> PointImage:
+    """P_v: the points as small discs, here round Gaussians of POINT_RADIUS that are nearly opaque."""
     _, depth = camera.project(cloud.positions)
     radius = POINT_RADIUS * min(camera.height, camera.width) / 2  # pixels
     scales = (0.5 * radius * depth.clamp_min(1e-6) / camera.K[0, 0])[:, None].expand(-1, 3)
     still = scales.new_tensor([1.0, 0, 0, 0]).expand(len(scales), 4)
     splats = Splats(cloud.positions, still, scales.contiguous(), torch.full_like(depth, 0.99), cloud.colors)
-    return render(splats, camera, background=scales.new_ones(3)).image
+    drawn = render(splats, camera, background=scales.new_ones(3))
+    return PointImage(camera, drawn.image, drawn.alpha)
 
 
 def depth_loss(depth: Tensor, mono: Tensor, *, box: int, generator: torch.Generator) -> Tensor:
@@ -249,21 +262,24 @@ class MultiModal(Extension):
     """The losses of stage 1 beside the photometric one. Needs renders with depth (mode "RGB+ED").
 
     mono     by view name
-    virtual  virtual cameras with their point images
+    virtual  the points from every virtual camera
     box      side of the Pearson boxes, pixels
     late     the step after which depth and normals have to agree
+    covered  compare with the points only where there are some; the released code also wants white where there are none
     """
 
     def __init__(
         self,
         mono: Mapping[str, Mono],
-        virtual: Sequence[tuple[Camera, Tensor]],
+        virtual: Sequence[PointImage],
         weights: Weights,
         *,
         box: int,
         late: int,
+        covered: bool = False,
     ):
-        self.mono, self.virtual, self.weights, self.box, self.late = dict(mono), list(virtual), weights, box, late
+        self.mono, self.virtual, self.weights = dict(mono), list(virtual), weights
+        self.box, self.late, self.covered = box, late, covered
 
     def loss(self, trainer: Trainer, shot: Shot) -> Tensor | None:
         weights, mono = self.weights, self.mono[shot.view.name]
@@ -279,9 +295,10 @@ class MultiModal(Extension):
                 surface = normals_from_depth(shot.view.camera, shot.depth)
                 total = total + weights.depth_normal * (1 - (normals * surface).sum(dim=-1)).mean()
         if weights.virtual:
-            camera, points = self.virtual[_any(len(self.virtual), trainer.generator("virtual"))]
-            drawn = render(shot.splats, camera, background=torch.ones_like(shot.background)).image
-            total = total + weights.virtual * (drawn - points).abs().mean()  # L_pr
+            points = self.virtual[_any(len(self.virtual), trainer.generator("virtual"))]
+            drawn = render(shot.splats, points.camera, background=torch.ones_like(shot.background)).image
+            error = (drawn - points.image).abs()  # L_pr
+            total = total + weights.virtual * (error * points.cover[..., None] if self.covered else error).mean()
         return total
 
 

@@ -109,11 +109,25 @@ def crop(pairs: Pairs, draw: torch.Generator, *, count: int, size: int, device: 
 # -------------------------------------------------------------------------------------------------- repairing a scene
 
 
-class SmallRepair:
-    """The small model with low-rank changes for one scene.
+def repairer(
+    params: Params, prior: Mapping[str, Any] | None, pairs: Pairs | None, seed: int
+) -> Callable[[Tensor, int], Tensor]:
+    """The repair model of a scene: (renders [V, H, W, 3] in 0..1, round) -> their repaired versions.
 
-    Called with renders [V, H, W, 3] in 0..1 and the number of the round, it returns their repaired versions.
+    prior  a result of `train_prior` where the priors are stand-ins
+    pairs  (early render, photograph) of the scene to adapt to; None: no adaptation
     """
+    if params.priors == "pretrained":
+        from papers.lm_gaussian import pretrained
+
+        return pretrained.repairer(params, pairs, seed)
+    assert prior is not None, "train_prior comes first"
+    network = small_network(params, prior["state"])
+    return SmallRepair(params, network, seed) if pairs is None else SmallRepair.adapted(params, network, pairs, seed)
+
+
+class SmallRepair:
+    """SDEdit with the small model, controlled by the render that is to be repaired."""
 
     def __init__(self, params: Params, network: Controlled, seed: int):
         self.params, self.network, self.seed = params, network, seed
@@ -125,7 +139,7 @@ class SmallRepair:
         """Fine-tuned on (early render, photograph) pairs of this scene: rank-r changes of every block, nothing else."""
         torch.manual_seed(seeds.derived(seed, "lora"))
         found = cls(params, copy.deepcopy(prior), seed)
-        trained = lora.add(found.network, _blocks, rank=params.lora_rank)
+        trained = lora.add(found.network, adapted_layer, rank=params.lora_rank)
 
         def loss(network: nn.Module, draw: torch.Generator) -> Tensor:
             bad, good = crop(pairs, draw, count=params.lora_batch, size=params.lora_crop, device=params.device)
@@ -169,6 +183,6 @@ def held_out_error(network: Controlled, pairs: Pairs, params: Params) -> dict[st
     return {"before": float(F.mse_loss(bad, good)), "after": float(F.mse_loss(repaired, good))}
 
 
-def _blocks(name: str) -> bool:
+def adapted_layer(name: str) -> bool:
     """The convolutions and attention of both halves; not the layers of the time and the zero convolutions."""
     return any(part in name for part in (".first.", ".second", ".query", ".key", ".value", ".out"))

@@ -11,21 +11,22 @@ class Params:
     """One run. `params.yaml` gives the values of each profile.
 
     Scenes
-        dataset          courtyard (generated, exact truth; a new one a seed) or colmap (a folder of yours)
-        data_dir         the folder of colmap; empty for the other
-        factor           how much smaller than on disk the photographs of colmap are used
+        dataset          courtyard (generated, exact truth; a new one a seed), or tanks_and_temples, mipnerf360, llff:
+                         a folder of yours with one COLMAP scene a subfolder
+        data_dir         that folder; empty for courtyards
+        factor           how much smaller than on disk its photographs are used
         width, height    of the courtyard's images, multiples of 8
         tests            test views of a courtyard
         closed           the last training view and the first are neighbours
-        fern             whether to fit real photographs too (data set scene_fern_llff), from plane-sweep stereo
-        fern_views, fern_factor   its training views, and how much smaller than 4032 x 3024 it is used
+        fern_arms        arms fitted to real photographs (set scene_fern_llff), with plane-sweep stereo; may be none
+        fern_views, fern_factor   its training views, and how much smaller than 4032 x 3024 they are
 
     Experiment
         seeds            one courtyard and one training each, for every arm
         views            numbers of training views
         main_views       the one at which all `arms` are compared
         arms             compared at main_views; see `experiment.ARMS`
-        side_arms        trained at the other numbers of views, and on the fern if its data allow it
+        side_arms        trained at the other numbers of views
         points           Gaussians to start with, drawn from the cloud; 0: all points
 
     Schedule (method.Plan) and learning rates
@@ -54,19 +55,20 @@ class Params:
         lora_rank, lora_steps, lora_batch, lora_crop, lora_rate   fine-tuning to the scene
         ddim_steps, strength, control, eta   SDEdit
 
+        lpips            its network, where its weights are there; empty: no LPIPS, GMSD alone
         device           cpu or cuda
         workers          trainings at once, each with one thread; 0: one for each core; 1 shows every step
     """
 
     seeds: list[int]
-    dataset: Literal["courtyard", "colmap"]
+    dataset: Literal["courtyard", "tanks_and_temples", "mipnerf360", "llff"]
     data_dir: str
     factor: float
     width: int
     height: int
     tests: int
     closed: bool
-    fern: bool
+    fern_arms: list[str]
     fern_views: int
     fern_factor: float
     views: list[int]
@@ -119,5 +121,6 @@ class Params:
     strength: float
     control: float
     eta: float
+    lpips: Literal["", "alex", "vgg"]
     device: Literal["cpu", "cuda"]
     workers: int
