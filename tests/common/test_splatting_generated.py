@@ -180,6 +180,20 @@ def test_the_object_scene_is_as_spare_describes_it():
     assert (view.mask > 0.5).float().mean() > 0.05
 
 
+def test_a_narrower_arc_leaves_more_of_the_room_unseen():
+    """What sparse views are about: a start that has seen everything would be too easy."""
+    world_, unseen = room_world(0), []
+    for arc in (360, 180):
+        made = room_scene(0, views=4, tests=4, size=(24, 18), points=10, arc_deg=arc)
+        shares = []
+        for view in made.test:
+            points = view.camera.backproject(view.depth)[view.depth > 0]
+            known = torch.stack([world_.visible(points, train.camera) for train in made.train]).any(dim=0)
+            shares.append((~known).float().mean())
+        unseen.append(float(torch.stack(shares).mean()))
+    assert unseen[0] < 0.15 and unseen[1] > 0.18
+
+
 def test_lightings_differ_only_in_light():
     made, camera = object_world(2), object_rig((48, 36))[24]
     views = [made.render(camera, "v", lighting=number, samples=1) for number in range(len(LIGHTINGS))]
