@@ -127,7 +127,7 @@ def sweep_depth(
     others.sort(key=lambda view: float((view.camera.center - reference.camera.center).norm()))
     others = others[:neighbours]
     count = planes or _planes(reference.camera, [view.camera for view in others], near, far)
-    inverse = torch.linspace(1 / far, 1 / near, count)
+    inverse = torch.linspace(1 / far, 1 / near, count, device=reference.image.device)
     cost = _matching_cost(reference, others, inverse, window)
     smooth = _semi_global(cost)
     best = smooth.argmin(dim=0, keepdim=True)
@@ -151,8 +151,8 @@ def depth_range(points: PointCloud, views: Sequence[View], *, margin: float = 1.
     depths = depths[depths > 0]
     if len(depths) == 0 or margin < 1:
         raise SceneError(f"depth_range: {len(depths)} points before the views, margin {margin}; expected some, >= 1.")
-    low, high = (float(value) for value in torch.quantile(depths, torch.tensor([0.01, 0.99])))
-    return low / margin, high * margin
+    ordered, last = depths.sort().values, len(depths) - 1
+    return float(ordered[round(0.01 * last)]) / margin, float(ordered[round(0.99 * last)]) * margin
 
 
 def _check(views: Sequence[View], near: float, far: float, window: int, planes: int | None) -> None:
@@ -189,7 +189,7 @@ def _matching_cost(reference: View, others: Sequence[View], inverse: Tensor, win
         start = camera.K @ (camera.viewmat[:3, :3] @ reference.camera.center + camera.viewmat[:3, 3])
         sources.append((turn @ rays, start[:, None], _grey(view), camera))
     better = math.ceil(len(others) / 2)
-    cost = torch.empty(len(inverse), height, width)
+    cost = grey.new_empty(len(inverse), height, width)
     for plane, level in enumerate(inverse.tolist()):
         each = []
         for along, start, image, camera in sources:
