@@ -20,8 +20,9 @@ SINGLE_RUNS = 1.96 * math.sqrt(2)  # standard deviations between two single runs
 def protocol_numbers(folder: Path, scenes: Sequence[str]) -> dict[str, int]:
     """Exact facts of the protocol, through the split files: written into `folder` and read back.
 
-    Returns `inputs_track1`, `inputs_track2`, `tests`, `shared` (views that are both), `outside` (views of Track 1 that
-    Track 2 lacks), and `llff_mismatch`, `dtu_mismatch`: ids that differ from those printed in the papers' code.
+    Returns `inputs_track1`, `inputs_track2`, `tests`, `outside` (views of Track 1 that Track 2 lacks), and
+    `llff_mismatch`, `dtu_mismatch`: ids that differ from those in the papers' code. Raises ValueError for a file in
+    which a view is both input and test.
     """
     read = {}
     for track, views in method.TRACKS.items():
@@ -33,7 +34,6 @@ def protocol_numbers(folder: Path, scenes: Sequence[str]) -> dict[str, int]:
         "inputs_track1": max(len(scene.train) for scene in first),
         "inputs_track2": max(len(scene.train) for scene in second),
         "tests": max(len(scene.test) for scene in (*first, *second)),
-        "shared": sum(len({*scene.train} & {*scene.test}) for scene in (*first, *second)),
         "outside": sum(len({*a.train} - {*b.train}) for a, b in zip(first, second, strict=True)),
         "llff_mismatch": len({*fern.train} ^ {1, 10, 19}) + len({*fern.test} ^ {0, 8, 16}),
         "dtu_mismatch": sum(a != b for a, b in zip(dtu.train, (25, 22, 28, 40, 44, 48, 0, 8, 13), strict=True))

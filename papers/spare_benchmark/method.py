@@ -34,10 +34,10 @@ TRACKS = {1: 3, 2: 9}  # input views [site]
 TEST_VIEWS = 10  # [site]
 MASKED = 0.5  # a pixel with more than this of the object belongs to it
 
-# The generated rig has 7 x 7 cameras. Track 2 looks from every second one of the inner five rows, Track 1 from the
-# middle row of these, so that its views are among Track 2's. Test views: ten of the others, the rim included.
-RIG_INPUTS = (24, 22, 26, 10, 38, 8, 12, 36, 40)
-RIG_TESTS = (0, 3, 13, 16, 19, 29, 32, 34, 44, 48)
+# The generated rig has 7 x 7 cameras. Track 1 looks from three neighbours left of the middle, as DTU's first three lie
+# close together; Track 2 adds six spread over the rig. Test views: ten of the others, the rim included.
+RIG_INPUTS = (22, 23, 15, 10, 12, 26, 36, 38, 40)
+RIG_TESTS = (0, 3, 6, 13, 19, 29, 32, 34, 44, 48)
 
 # View counts that the papers report [code]; brighton's 18 photographs are ours
 VIEW_COUNTS = {
