@@ -44,8 +44,8 @@ test: setup-peers ## run the whole test suite
 
 # The sanitizers' runtime must be the first library of the process, and libstdc++ there for its __cxa_throw to be found.
 # Python never gives back all its memory: no leak check. --capture=sys lets the report of a dying process through.
-# Left out: the Triton kernels and the references (none of our C++, slow) and the benchmarks (other people's code, memory as the sanitizer
-# needs it). The second round is of the 16-lane code, which a processor without AVX-512 would not run.
+# Left out: the Triton kernels and the references (none of our C++, slow) and the benchmarks (other people's code, memory
+# as the sanitizer needs it). The second round is of the 16-lane code, which a processor without AVX-512 would not run.
 test-sanitize: setup ## run the kernels' tests under the address and undefined-behaviour sanitizers (GCC)
 	@cmake -S kernels -B build/sanitize -G Ninja -DKERNELS_SANITIZE=ON \
 		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null

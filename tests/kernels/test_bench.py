@@ -15,6 +15,7 @@ import torch
 from kernels import bench
 from kernels.bench import Case, Contender
 from kernels.ct import bench as ct_bench
+from kernels.splat import bench as splat_bench
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +66,22 @@ def test_the_same_discretisation_gives_the_same_numbers(quick: tuple[dict, str])
             assert row["difference"] < 2e-3, row  # its positions are float32, and this is noise
         else:
             assert row["difference"] is None and row["note"].startswith(ct_bench.OTHER)
+
+
+def test_the_steps_of_a_problem_are_counted_the_same_for_all() -> None:
+    (case,) = splat_bench.cases(quick=True)
+    rows = bench.measure("splat", case, rounds=1)
+    assert len({row["work"] for row in rows}) == 1 and rows[0]["work"] > 10_000
+    for row in rows:
+        assert row["difference"] < 2e-6, row
+        rate = row["work"] / row["wall_ms"] / 1e3  # millions a second
+        assert f"{rate:.0f}" in bench._line(row).split()
+    scene = splat_bench.sheet(1, 16, 16)
+    scene[0], scene[2], scene[3] = torch.tensor([[0.0, 0.0, 3.0]]), torch.full((1, 3), 1e-3), torch.tensor([0.9])
+    # a point blurred by 0.3 pixels^2 with an opacity of 0.9 stays above 1/255 as far as 1.8 pixels from its centre
+    centres = torch.arange(16) + 0.5 - 8
+    near = (centres[:, None] ** 2 + centres**2 < 2 * 0.3 * torch.log(torch.tensor(0.9 * 255))).sum()
+    assert splat_bench.drawn_pairs(scene, 16, 16) == near == 12
 
 
 def test_the_machine_is_told_without_its_paths(quick: tuple[dict, str]) -> None:

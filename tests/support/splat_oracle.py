@@ -92,7 +92,7 @@ def break_some(scene: Scene) -> dict[int, str]:
     huge = torch.finfo(scene.means.dtype).max / 2  # its square overflows
     values = {
         "means": (nan, inf),
-        "quats": (nan, inf, 0.0, huge),
+        "quats": (nan, inf, 0.0, -inf),
         "scales": (nan, inf, huge),
         "opacities": (nan, inf, -1.0),
     }
@@ -104,6 +104,11 @@ def break_some(scene: Scene) -> dict[int, str]:
         else:
             target[1] = value
     return {i: f"{name} = {value}" for i, (name, value) in enumerate(faults)}
+
+
+def covariances(scene: Scene) -> Tensor:
+    """[N, 3, 3] float64, of float32 numbers."""
+    return reference._covariances(scene.quats, scene.scales).float().double()
 
 
 def project(scene: Scene, **options: Any) -> dict[str, Tensor]:
