@@ -30,7 +30,8 @@ class TrainSettings:
     alpha_masks      the views' masks are the photographs' alpha: the drawn background replaces the scene's in them too
     mode             "RGB+ED" or "RGB+D" also draws depth, for extensions
     antialiased      see `model.render`
-    strategy         None: the number of Gaussians stays
+    strategy         None: the number of Gaussians stays. After the last step it is not called any more: nothing could
+                     settle what it changes
 
     eval_every       score the test views at its multiples and at the end (0: never)
     checkpoint_every save at its multiples, where `fit` is given a file (0: only at the end and when stopped)

@@ -203,7 +203,7 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         self._evaluate_if_due()  # before the strategy's changes, which need some steps to settle
         started = time.perf_counter()
-        if strategy is not None:
+        if strategy is not None and self.step < self.settings.iterations:
             strategy.after_update(self.step, population, self.generator("strategy"))
         for extension in self.extensions:
             extension.after_step(self)

@@ -394,12 +394,27 @@ def test_what_cannot_be_trained_says_why(scene: Scene) -> None:
         run(scene, short(2, strategy=None), extensions=[Erase()])
 
 
-def test_evaluations_are_recorded(scene: Scene) -> None:
-    result = run(scene, short(10, eval_every=4, strategy=None))
-    assert [entry["step"] for entry in result.evaluations] == [4, 8, 10]
+def test_evaluations_are_of_settled_models(scene: Scene) -> None:
+    """Before the strategy's changes of a step; at the last step it makes none."""
+
+    class Counts(Extension):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def before_step(self, trainer: Trainer) -> None:
+            self.seen.append(float(len(trainer.model)))
+
+    strategy = DefaultStrategy(first=5, every=10, prune_opacity=0.1)
+    counts = Counts()
+    result = run(scene, short(40, eval_every=15, strategy=strategy), extensions=[counts])
+    assert [entry["step"] for entry in result.evaluations] == [15, 30, 40]
+    assert set(result.evaluations[0]) == {"step", "psnr", "ssim", "psnr_masked", "ssim_masked"}
     last = evaluate(result.model, scene.test, background=result.background, sh_degree=1)
     assert result.evaluations[-1]["psnr"] == pytest.approx(last.mean("psnr"))
-    assert set(result.evaluations[0]) == {"step", "psnr", "ssim", "psnr_masked", "ssim_masked"}
+    assert counts.seen[30] != counts.seen[29] and len(result.model) == counts.seen[-1]
+    stopped = run(scene, short(30, eval_every=30, strategy=strategy))
+    assert stopped.evaluations[0]["psnr"] == result.evaluations[1]["psnr"]
+    assert len(stopped.model) == counts.seen[29]
 
 
 def test_the_bar_shows_loss_psnr_and_number(scene: Scene, capsys: Callable[..., Any]) -> None:
