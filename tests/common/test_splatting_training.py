@@ -61,7 +61,9 @@ def test_a_small_scene_is_learnt(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", [GROW, MCMCStrategy(most=400, first=5, every=10), None], ids=["3dgs", "mcmc", "no"]
+    "strategy",
+    [GROW, replace(GROW, absgrad=True, scale2d_until=50), MCMCStrategy(most=400, first=5, every=10), None],
+    ids=["3dgs", "absgrad", "mcmc", "no"],
 )
 def test_a_resumed_training_gives_the_same_bits(scene: Scene, tmp_path: Path, strategy: Any) -> None:
     settings = short(60, strategy=strategy, background="random", mode="RGB+ED")
