@@ -33,7 +33,7 @@ REGISTERED = {
 }
 SPARE_LIKE = 1.25  # radius of the generated platform, the unit of the clouds' noise
 CLOUD = 4  # a cloud holds so many times the points that a training starts from
-DTU_FACTOR = 4  # the tables of the splatting papers are at 1/4
+DTU_FACTOR, SPARE_FACTOR = 4, 1  # the tables of the splatting papers are at 1/4, SpaRe is scored at full size
 
 
 class MissingScenes(FileNotFoundError):
@@ -200,7 +200,7 @@ def _photographs(params: Params, set_: str, views: int, name: str) -> Scene:
 def _spare_layout(params: Params, set_: str, views: int, name: str) -> Scene:
     root = _folder(params, set_)
     if set_ == "spare":
-        return load_spare(root, name, split=_spare_split(root, views))
+        return load_spare(root, name, split=_spare_split(root, views), factor=SPARE_FACTOR)
     with tempfile.TemporaryDirectory() as folder:
         split = write_split(Path(folder) / "split.json", views, method.dtu_scenes())
         scene = load_spare(root, name, split=split, factor=DTU_FACTOR)
