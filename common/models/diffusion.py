@@ -62,9 +62,15 @@ class Schedule:
         return Schedule(self.signal.to(device))
 
 
-def epsilon_loss(predict: Predictor, image: Tensor, schedule: Schedule, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the predicted noise (Ho et al. 2020), images [B, C, H, W], a uniform time for each."""
-    t = torch.randint(1, schedule.steps + 1, (len(image),), generator=generator, device=image.device)
+def epsilon_loss(
+    predict: Predictor, image: Tensor, schedule: Schedule, generator: torch.Generator, *, latest: int | None = None
+) -> Tensor:
+    """Mean squared error of the predicted noise (Ho et al. 2020), images [B, C, H, W], a uniform time for each.
+
+    latest  times are drawn from 1 to it (None: to the last): a network that only serves SDEdit never sees later ones
+    """
+    last = schedule.steps if latest is None else latest
+    t = torch.randint(1, last + 1, (len(image),), generator=generator, device=image.device)
     noise = torch.randn(image.shape, generator=generator, device=image.device)
     return F.mse_loss(predict(schedule.noised(image, noise, t), t), noise)
 

@@ -26,6 +26,7 @@ from papers.lm_gaussian.settings import Params
 
 CONTROL_LAYERS = "control."  # of `Controlled`, whose other half is the frozen denoiser
 AVERAGE = 0.995  # decay of the weights' running mean
+TIMES = 1000  # steps of the noise schedule
 PIXELS = 1.0  # images are -1..1
 FITTED = (10, 200)  # steps that the bad pictures' Gaussians are fitted for
 TOGETHER = 8  # views repaired at once
@@ -62,13 +63,13 @@ def train_prior(params: Params, pairs: Pairs, seed: int, *, progress: Callable[.
     the control learns, as in ControlNet.
     """
     torch.manual_seed(seed)
-    schedule = Schedule.cosine().to(params.device)
+    schedule = Schedule.cosine(TIMES).to(params.device)
     denoiser = Denoiser(width=params.prior_width).to(params.device)
     options = {"learning_rate": params.prior_rate, "ema": AVERAGE, "progress": progress}
     crops = partial(crop, pairs, count=params.prior_batch, size=params.prior_crop, device=params.device)
 
     def unconditional(network: nn.Module, draw: torch.Generator) -> Tensor:
-        return epsilon_loss(network, crops(draw)[1], schedule, draw)
+        return epsilon_loss(network, crops(draw)[1], schedule, draw, latest=latest(params))
 
     first = train(denoiser, unconditional, steps=params.prior_steps, seed=seed, **options)
     assert isinstance(first.network, Denoiser)
@@ -77,7 +78,7 @@ def train_prior(params: Params, pairs: Pairs, seed: int, *, progress: Callable[.
 
     def conditional(network: nn.Module, draw: torch.Generator) -> Tensor:
         bad, good = crops(draw)
-        return epsilon_loss(lambda x, t: network(x, t, bad), good, schedule, draw)
+        return epsilon_loss(lambda x, t: network(x, t, bad), good, schedule, draw, latest=latest(params))
 
     second = train(both, conditional, steps=params.control_steps, seed=seed + 1, **options)
     state = {name: value.cpu() for name, value in second.network.state_dict().items()}
@@ -90,6 +91,11 @@ def small_network(params: Params, state: Mapping[str, Tensor]) -> Controlled:
     both = Controlled(denoiser, ControlBranch(denoiser))
     both.load_state_dict(state)
     return both.to(params.device).eval()
+
+
+def latest(params: Params) -> int:
+    """The last time that SDEdit starts from, with a margin; there is no use in learning later ones."""
+    return min(TIMES, round(1.5 * params.strength * TIMES))
 
 
 def crop(pairs: Pairs, draw: torch.Generator, *, count: int, size: int, device: str) -> tuple[Tensor, Tensor]:
@@ -131,7 +137,7 @@ class SmallRepair:
 
     def __init__(self, params: Params, network: Controlled, seed: int):
         self.params, self.network, self.seed = params, network, seed
-        self.schedule = Schedule.cosine().to(params.device)
+        self.schedule = Schedule.cosine(TIMES).to(params.device)
         self.losses: list[float] = []
 
     @classmethod
@@ -143,7 +149,7 @@ class SmallRepair:
 
         def loss(network: nn.Module, draw: torch.Generator) -> Tensor:
             bad, good = crop(pairs, draw, count=params.lora_batch, size=params.lora_crop, device=params.device)
-            return epsilon_loss(lambda x, t: network(x, t, bad), good, found.schedule, draw)
+            return epsilon_loss(lambda x, t: network(x, t, bad), good, found.schedule, draw, latest=latest(params))
 
         settings = {"steps": params.lora_steps, "learning_rate": params.lora_rate}
         found.losses = train(found.network, loss, seed=seed, parameters=trained, **settings).losses
