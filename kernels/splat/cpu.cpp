@@ -136,19 +136,23 @@ void bin_camera(const float* depths, const Box* boxes, int64_t begin, int64_t en
 }
 
 void write_record(const Scene& scene, int64_t item, float* record) {
+    std::fill_n(record, record_floats(scene.channels), 0.0f);
     const float* conic = scene.conics + 3 * item;
     const double a = conic[0], b = conic[1], c = conic[2];
-    const double r1 = std::sqrt(a * kHalfLog2E);
+    const double r1 = std::sqrt(a * kHalfLog2E), s1 = std::sqrt((c - b * b / a) * kHalfLog2E);
+    const float opacity = scene.opacities[item];
+    if (!(opacity >= kMinAlpha && std::isfinite(opacity) && a > 0 && static_cast<float>(s1) > 0)) { // or not a number
+        record[kLogOpacity] = kNever;
+        return;
+    }
+    record[kLogOpacity] = std::log2(opacity);
     record[kX] = scene.means[2 * item];
     record[kY] = scene.means[2 * item + 1];
     record[kR1] = static_cast<float>(r1);
     record[kRatio] = static_cast<float>(b / a);
     record[kR2] = static_cast<float>(b / a * r1);
-    record[kS1] = static_cast<float>(std::sqrt((c - b * b / a) * kHalfLog2E)); // not a number unless positive definite
+    record[kS1] = static_cast<float>(s1);
     record[kInverseR1] = static_cast<float>(1.0 / r1);
-    const float opacity = scene.opacities[item];
-    const bool drawn = opacity >= kMinAlpha && std::isfinite(opacity) && a > 0.0 && record[kS1] > 0.0f; // not if NaN
-    record[kLogOpacity] = drawn ? std::log2(opacity) : kNever;
     const float* colors = scene.colors + item * scene.channels;
     std::copy(colors, colors + scene.channels, record + kColor);
 }

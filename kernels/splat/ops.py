@@ -396,7 +396,19 @@ _project, _project_backward = _ops.splat_project.default, _ops.splat_project_bac
 _harmonics, _harmonics_backward = _ops.splat_harmonics.default, _ops.splat_harmonics_backward.default
 _rasterize, _rasterize_backward = _ops.splat_rasterize.default, _ops.splat_rasterize_backward.default
 _bin = _ops.splat_bin.default
+
+
+def _no_second(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        "kernels.splat: got create_graph=True on compiled ops, which have no second derivatives; expected first ones; "
+        "use float64 tensors or KERNELS_BACKEND=reference"
+    )
+
+
 for _op, _gradient, _setup in (
+    (_project_backward, _no_second, None),
+    (_harmonics_backward, _no_second, None),
+    (_rasterize_backward, _no_second, None),
     (_project, _project_gradient, _project_setup),
     (_harmonics, _harmonics_gradient, _harmonics_setup),
     (_rasterize, _rasterize_gradient, _rasterize_setup),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,6 +15,11 @@ from kernels.splat import gpu, stages
 
 __all__ = ["rasterization"]
 
+# arguments of gsplat 1.5.3 that the CPU takes only when they are None or False
+GSPLAT_ONLY = (
+    "distributed", "ftheta_coeffs", "radial_coeffs", "rolling_shutter", "sparse_grad", "tangential_coeffs",
+    "thin_prism_coeffs", "viewmats_rs", "with_eval3d", "with_ut",
+)  # fmt: skip
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
 
 
@@ -137,7 +144,11 @@ def _check_options(options: dict[str, Any], camera_model: str, rasterize_mode: s
         if got not in expected:
             raise ValueError(f"kernels.splat.rasterization: got {name}={got!r}; expected one of {', '.join(expected)}")
     for name, value in options.items():
-        if value not in (None, False):
+        if name not in GSPLAT_ONLY:
+            known = [*inspect.signature(rasterization).parameters, *GSPLAT_ONLY]
+            near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+            raise TypeError(f"kernels.splat.rasterization: got an unknown argument {name!r}; did you mean {near!r}?")
+        if value is not None and value is not False:
             raise ValueError(
                 f"kernels.splat.rasterization: got {name}={value!r}, which the CPU does not have; leave it out, or "
                 "move the tensors to a CUDA device, where gsplat does the work"

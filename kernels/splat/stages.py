@@ -85,7 +85,7 @@ def spherical_harmonics(degree: int, dirs: Tensor, coeffs: Tensor, masks: Tensor
             f"kernels.splat.spherical_harmonics: got {coeffs.shape[-2]} coefficients; expected {(degree + 1) ** 2} or "
             f"more for degree {degree}; lower the degree, or pad with zeros"
         )
-    batch = torch.broadcast_shapes(dirs.shape[:-1], coeffs.shape[:-2])
+    batch = torch.broadcast_tensors(dirs[..., 0], coeffs[..., 0, 0])[0].shape  # torch.broadcast_shapes imports sympy
     if backend(dirs) != _dispatch.CPU:
         if masks is not None:  # before the polynomials: behind them, a gradient of 0 * NaN is NaN
             dirs = torch.where(masks[..., None], dirs, 0)

@@ -86,7 +86,8 @@ def test_every_mode(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERNELS_BACKEND", "reference")
         rough = run(function, inputs, F32, weights)
-    assert_as_good(found, rough, exact)
+    # D / alpha hardly depends on the opacity: its gradient is a difference of two that all but cancel
+    assert_as_good(found, rough, exact, little=2e-3 if "ED" in mode else 2e-4)
 
 
 def test_gradients_reach_everything() -> None:
