@@ -49,7 +49,7 @@ class Prepared:
     sparse     those of structure from motion, or None
     prior      the depth stand-in; `exact` is the one without errors, where the truth is known
     forward    all cameras look the same way; otherwise they stand around something
-    opaque     the photographs are filled to the rim, or their masks are alpha: a random background can be used
+    random_background   one can be used: the photographs are filled to the rim, or their masks are alpha
     """
 
     scene: Scene
@@ -58,7 +58,7 @@ class Prepared:
     prior: StandIn
     exact: StandIn | None
     forward: bool
-    opaque: bool
+    random_background: bool
 
 
 def scene_names(params: Params, set_: str) -> list[str]:
@@ -86,17 +86,17 @@ def prepare(params: Params, set_: str, views: int, name: str) -> Prepared:
         scene = real.chair(views=views, factor=params.factor_chair)
         hull = visual_hull(scene.train, count=CLOUD * params.points)
         depths = [point_depth(hull.positions, view.camera) for view in scene.train]
-        return _prepared(scene, hull, depths, "visual hull", forward=False, opaque=True)
+        return _prepared(scene, hull, depths, "visual hull", forward=False, random_background=True)
     if set_ in ("fern", "fern_coarse", "brighton", "llff"):
         scene = _photographs(params, set_, views, name)
         if scene.points is None:
             raise ValueError(f"{name} at {views} views: its model has no point that two training views saw.")
         near, far = depth_range(scene.points, scene.train)
-        return _stereo(scene, near, far, forward=True, opaque=True)
+        return _stereo(scene, near, far, forward=True, random_background=True)
     if set_ in ("dtu", "spare"):
         scene = _spare_layout(params, set_, views, name)
         near, far = _around_focus([view.camera for view in scene.train])
-        return _stereo(scene, near, far, forward=False, opaque=False)
+        return _stereo(scene, near, far, forward=False, random_background=False)
     raise ValueError(f"no set {set_!r}; expected one of {', '.join(method.VIEW_COUNTS)}.")
 
 
@@ -171,22 +171,22 @@ def _generated(params: Params, views: int, name: str) -> Prepared:
         stand_in(title, train, depths, error=error, generator=seeds.generator(0, "prior", name))
         for title, error in (("truth with slow errors", params.prior_error), ("truth", 0.0))
     )
-    return Prepared(scene, cloud, None, prior, exact, forward=False, opaque=False)
+    return Prepared(scene, cloud, None, prior, exact, forward=False, random_background=False)
 
 
-def _stereo(scene: Scene, near: float, far: float, *, forward: bool, opaque: bool) -> Prepared:
+def _stereo(scene: Scene, near: float, far: float, *, forward: bool, random_background: bool) -> Prepared:
     cloud = plane_sweep(scene.train, near, far, count=None)
     depths = stereo_depths(scene.train, near, far)
-    return _prepared(scene, cloud, depths, "plane-sweep stereo", forward=forward, opaque=opaque)
+    return _prepared(scene, cloud, depths, "plane-sweep stereo", forward=forward, random_background=random_background)
 
 
 def _prepared(
-    scene: Scene, cloud: PointCloud, depths: Sequence[Tensor], made_of: str, *, forward: bool, opaque: bool
+    scene: Scene, cloud: PointCloud, depths: Sequence[Tensor], made_of: str, *, forward: bool, random_background: bool
 ) -> Prepared:
     generator = seeds.generator(0, "prior", scene.name)
     prior = stand_in(made_of, scene.train, depths, error=0.0, generator=generator)  # stereo has errors of its own
     bare = replace(scene, points=None)
-    return Prepared(bare, cloud, scene.points, prior, None, forward=forward, opaque=opaque)
+    return Prepared(bare, cloud, scene.points, prior, None, forward=forward, random_background=random_background)
 
 
 def _photographs(params: Params, set_: str, views: int, name: str) -> Scene:

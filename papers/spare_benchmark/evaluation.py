@@ -65,3 +65,9 @@ def rank_swaps(first: Mapping[str, float], second: Mapping[str, float]) -> int:
 def psnr_of(image: Tensor, photograph: Tensor) -> float:
     """PSNR in dB of a render [H, W, 3] in 0..1, for titles."""
     return float(psnr(image.reshape(1, -1), photograph.reshape(1, -1), data_range=1.0))
+
+
+def hardest(renders: Tensor, photographs: Sequence[Tensor]) -> int:
+    """The number of the view with the lowest PSNR, renders [T, H, W, 3]."""
+    quality = [psnr_of(image, photograph) for image, photograph in zip(renders, photographs, strict=True)]
+    return quality.index(min(quality))

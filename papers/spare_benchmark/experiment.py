@@ -122,6 +122,7 @@ def train(params: Params, arm: str, prepared: data.Prepared, seed: int) -> FitRe
     """One training. Runs of one seed start from the same points and see the views in the same order."""
     about = ARMS[arm]
     scene = data.start(params, prepared, seed, sparse=about.sparse)
+    random_background = about.random_background and prepared.random_background
     settings = method.settings(
         max(1, round(params.iterations * about.iterations / method.AUTHORS_ITERATIONS)),
         seed,
@@ -130,7 +131,8 @@ def train(params: Params, arm: str, prepared: data.Prepared, seed: int) -> FitRe
         grow_grad2d=about.grow_grad2d,
         sh_degree=params.sh_degree,
         depth=about.depth,
-        random_background=about.random_background and prepared.opaque,
+        random_background=random_background,
+        alpha_masks=random_background and scene.background is not None,
     )
     assert scene.points is not None
     model = Gaussians.from_points(scene.points, sh_degree=params.sh_degree)

@@ -83,7 +83,7 @@ def test_random_backgrounds_only_where_photographs_are_filled():
     assert torch.equal(closed.background, torch.zeros(3))
     plain = experiment.train(tiny(), "3dgs", prepared(), 0)
     assert closed.losses == plain.losses, "a black box is black"
-    opened = experiment.train(tiny(), "corgs_neither", replace(prepared(), opaque=True), 0)
+    opened = experiment.train(tiny(), "corgs_neither", replace(prepared(), random_background=True), 0)
     assert opened.losses != plain.losses
 
 
@@ -102,6 +102,12 @@ def test_rank_swaps_by_hand():
     assert evaluation.rank_swaps({"a": 3, "b": 2, "c": 1}, {"a": 3, "b": 2, "c": 1}) == 0
     assert evaluation.rank_swaps({"a": 3, "b": 2, "c": 1}, {"a": 1, "b": 2, "c": 3}) == 3
     assert evaluation.rank_swaps({"a": 3, "b": 2, "c": 1}, {"a": 2, "b": 3, "c": 1}) == 1
+
+
+def test_the_hardest_view_has_the_lowest_psnr():
+    photographs = [torch.zeros(4, 4, 3)] * 3
+    renders = torch.stack([torch.full((4, 4, 3), error) for error in (0.1, 0.3, 0.2)])
+    assert evaluation.hardest(renders, photographs) == 1
 
 
 def test_unseen_surface_is_less_with_more_views():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -109,13 +110,10 @@ def by_views(used: Callable[[int], int] = lambda views: views) -> dict:
 
 def protocol(name: str, **patched) -> dict:
     """The number `name` of the protocol's, with names of `method` or `splits` replaced."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
         for target, value in patched.items():
-            module = splits if target in ("hold_out", "dtu") else method
-            with patch.object(module, target, value):
-                found = evaluation.protocol_numbers(Path(folder), ["generated_00"])
-        if not patched:
-            found = evaluation.protocol_numbers(Path(folder), ["generated_00"])
+            stack.enter_context(patch.object(splits if target in ("hold_out", "dtu") else method, target, value))
+        found = evaluation.protocol_numbers(Path(folder), ["generated_00"])
     return {"protocol": {name: {"all": found[name]}}}
 
 
