@@ -172,6 +172,11 @@ class ResparseSplatModel(SplatfactoModel):
             parameter.data = parameter.data.new_empty(dict[f"gauss_params.{name}"].shape)
         return nn.Module.load_state_dict(self, dict, **kwargs)
 
+    def step_post_backward(self, step: int) -> None:
+        """Let the strategy work, but not at step 0: there it would reset opacities that have not been trained."""
+        if step > 0:
+            super().step_post_backward(step)
+
     def update_to_step(self, step: int) -> None:
         """Go on from this step, with its degree of spherical harmonics."""
         self.step = step

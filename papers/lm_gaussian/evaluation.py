@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +13,35 @@ from common.metrics.image import psnr
 from common.models import lora
 from common.models.denoiser import ControlBranch, Controlled, Denoiser
 from common.models.diffusion import Schedule, sdedit
+from common.record import Record
 from papers.lm_gaussian import experiment, method, repair
 from papers.lm_gaussian.data import Case
 from papers.lm_gaussian.settings import Params
 
 WRONG = 0.1  # a depth this share off the truth makes a wrong point
+
+
+def report(record: Record, results: Mapping[experiment.Run, Mapping[str, Any]]) -> dict[tuple[str, int], list[float]]:
+    """Record every score of every arm, means over scenes and, where there are several, each scene's own.
+
+    Beside the scores: `grown`, by how many Gaussians, and `seconds`. Returns the PSNR by arm and views, one a seed.
+    """
+    scenes = list(dict.fromkeys(run[1] for run in results))
+    psnr: dict[tuple[str, int], list[float]] = {}
+    for arm, views, seed in dict.fromkeys((run[0], run[2], run[3]) for run in results):
+        rows = {}
+        for scene in scenes:
+            result = results[arm, scene, views, seed]
+            start, end = result["count"]
+            rows[scene] = {**result["scores"], "grown": end - start, "seconds": result["seconds"]}
+        for name in rows[scenes[0]]:
+            mean = statistics.fmean(row[name] for row in rows.values())
+            record.metric(name, mean, variant=f"{arm}/{views}", seed=seed)
+            for scene, row in rows.items() if len(scenes) > 1 else ():
+                record.metric(name, row[name], variant=f"{arm}/{views}/{scene}", seed=seed)
+            if name == "psnr":
+                psnr.setdefault((arm, views), []).append(mean)
+    return psnr
 
 
 def init_quality(params: Params, case: Case, seed: int) -> dict[str, dict[str, float]]:

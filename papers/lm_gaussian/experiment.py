@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,22 +23,25 @@ from papers.lm_gaussian import data, method, priors, repair
 from papers.lm_gaussian.data import Case
 from papers.lm_gaussian.settings import Params
 
-Start = Literal["sfm", "raw", "no_background", "cleaned", "aligned"]
+Start = Literal["sfm", "raw", "no_background", "cleaned"]
 Priors = Literal["standin", "perfect", "shuffled"]
 Mender = Literal["none", "diffusion", "no_lora", "oracle", "shuffled"]
 
 
 @dataclass(frozen=True)
 class Stage1:
-    """How an arm begins. `losses`: which of method.Weights it has."""
+    """How an arm begins.
+
+    losses   those of method.Weights that it has
+    covered  the virtual views are compared with the points only where there are some
+    """
 
     label: str
     start: Start = "cleaned"
     losses: tuple[str, ...] = ()
     priors: Priors = "standin"
-    densify: bool = False
-    depth_normal: bool = False
     covered: bool = False
+    variant: method.Variant = method.AS_RELEASED
 
 
 @dataclass(frozen=True)
@@ -56,33 +59,48 @@ PRIOR_SEED = 0  # one diffusion model serves all seeds, as there is one Stable D
 
 # LM-5, LM-6 and LM-7 are the first lines; the others are controls and what the released script leaves out
 STAGE1 = {
-    "sfm": Stage1("SfM points", start="sfm", densify=True),
+    "sfm": Stage1("SfM points", start="sfm", variant=method.Variant(densify=True)),
     "raw": Stage1("raw stereo", start="raw"),
     "init": Stage1("cleaned init"),
     "depth": Stage1("+ depth", losses=("depth",)),
     "normal": Stage1("+ normals", losses=("depth", "normal")),
     "regularised": Stage1("+ virtual views", losses=ALL),
     "no_background": Stage1("no background rule", start="no_background"),
+    "covered": Stage1("virtual where covered", losses=ALL, covered=True),
     "perfect_priors": Stage1("perfect priors", losses=ALL, priors="perfect"),
     "shuffled_priors": Stage1("shuffled priors", losses=ALL, priors="shuffled"),
-    "densified": Stage1("with densification", losses=ALL, densify=True),
-    "depth_normal": Stage1("with depth-normal", losses=(*ALL, "depth_normal"), depth_normal=True),
-    "aligned": Stage1("with alignment", losses=ALL, start="aligned"),
-    "covered": Stage1("virtual where covered", losses=ALL, covered=True),
+    "densified": Stage1("with densification", losses=ALL, variant=method.Variant(densify=True)),
+    "depth_normal": Stage1("with depth-normal", losses=ALL, variant=method.Variant(depth_normal=True)),
+    "aligned": Stage1("with alignment", losses=ALL, variant=method.Variant(guided_alignment=True)),
+    "as_described": Stage1("with all three", losses=ALL, variant=method.AS_DESCRIBED),
 }
 STAGE2 = {
     "full": Stage2("+ repair"),
     "longer": Stage2("no repair, as long", mender="none"),
+    "full_covered": Stage2("+ repair, covered", after="covered"),
+    "longer_covered": Stage2("no repair, covered", after="covered", mender="none"),
     "no_lora": Stage2("repair without LoRA", mender="no_lora"),
     "oracle": Stage2("repaired by the truth", mender="oracle"),
     "shuffled_repair": Stage2("shuffled repair", mender="shuffled"),
 }
 ARMS: dict[str, Stage1 | Stage2] = {**STAGE1, **STAGE2}
+Run = tuple[str, str, int, int]  # arm, scene, views, seed
 
 
 def plan(params: Params) -> method.Plan:
-    """The schedule of a run; depth and normals agree from the middle of stage 1 on, in the arm that has them agree."""
+    """The schedule of a run; where depth and normals have to agree, they do from the middle of stage 1 on."""
     return method.Plan(params.stage1, params.steps, params.every, params.stage1 // 2)
+
+
+def first_stages(runs: Iterable[Run]) -> list[Run]:
+    """The first stages that some runs need, each once: their own, or the one that their second stage goes on from."""
+    needed = {(after(run[0]), *run[1:]) for run in runs}
+    return sorted(needed, key=lambda run: (list(STAGE1).index(run[0]), *run[1:]))
+
+
+def after(arm: str) -> str:
+    """The first stage of an arm."""
+    return STAGE2[arm].after if arm in STAGE2 else arm
 
 
 def cloud(params: Params, case: Case, arm: Stage1, seed: int) -> PointCloud:
@@ -97,7 +115,7 @@ def cloud(params: Params, case: Case, arm: Stage1, seed: int) -> PointCloud:
     confidences = [stereo[view.name].confidence for view in views]
     if arm.start == "raw":
         return method.fused(views, depths, [torch.full_like(c, torch.inf) for c in confidences])
-    if arm.start == "aligned":
+    if arm.variant.guided_alignment:
         depths = [
             aligned(params, case, view, depth, confidence, seed)
             for view, depth, confidence in zip(views, depths, confidences, strict=True)
@@ -139,13 +157,14 @@ def stage1(params: Params, case: Case, name: str, seed: int, *, progress: bool =
     extensions: list[Any] = [early]
     if arm.losses:
         virtual = [method.point_image(points, camera) for camera in case.virtual]
-        weights = method.Weights(
-            **{loss: getattr(params, f"w_{loss}") if loss in arm.losses else 0.0 for loss in LOSSES}
-        )
-        late = plan(params).late if arm.depth_normal else params.stage1
+        given = (*arm.losses, "depth_normal")
+        weights = method.Weights(**{name: getattr(params, f"w_{name}") * (name in given) for name in LOSSES})
+        late = plan(params).late if arm.variant.depth_normal else params.stage1
         options = {"box": params.box, "late": late, "covered": arm.covered}
         extensions.append(method.MultiModal(_mono(case, arm), virtual, weights, **options))
-    settings = _settings(params, params.stage1, seed, mode="RGB+ED", strategy=_growth(params) if arm.densify else None)
+    settings = _settings(
+        params, params.stage1, seed, mode="RGB+ED", strategy=_growth(params) if arm.variant.densify else None
+    )
     result = fit(case.scene, settings, model=model, extensions=extensions, progress=progress)
     return {
         "model": result.model.values(),

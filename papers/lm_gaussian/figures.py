@@ -59,3 +59,10 @@ def bars(ax: Axes, values: Mapping[str, Sequence[float]]) -> None:
     ax.invert_yaxis()
     everything = [x for found in values.values() for x in found]
     ax.set_xlim(min(everything) - 1.5, max(everything) + 1)
+
+
+def smooth(losses: Sequence[float], points: int = 50) -> tuple[list[float], list[float]]:
+    """Steps and values of a training loss, as means over equal stretches of it."""
+    width = max(1, len(losses) // points)
+    values = [statistics.fmean(losses[at : at + width]) for at in range(0, len(losses) - width + 1, width)]
+    return [width * (index + 0.5) for index in range(len(values))], values

@@ -25,17 +25,10 @@
 # wrong everywhere else. LM-Gaussian lets networks that have seen millions of images fill in what four photographs
 # cannot say. This notebook follows it from the idea to the verdict:
 #
-# 1. the problem: four photographs of a yard;
-# 2. where to start: points from stereo, and which of them to believe;
-# 3. how to fit: five losses instead of one;
-# 4. what nobody photographed: a diffusion model that repairs renders;
-# 5. the experiment: every part in its turn, several seeds, and the controls that would expose a leak;
-# 6. what the released code does not do;
-# 7. real photographs of a fern;
-# 8. the verdicts.
+# (1) the problem, (2) which points to believe, (3) five losses, (4) repair by a diffusion model, (5) the experiment and
+# the controls that would expose a leak, (6) what the released code leaves out, (7) real photographs, (8) the verdicts.
 #
-# The method is in `method.py` (one sitting), the priors in `priors.py`, the repair model in `repair.py`, the arms in
-# `experiment.py`.
+# The method is in `method.py`, the priors in `priors.py`, the repair in `repair.py`, the arms in `experiment.py`.
 
 # %% tags=["parameters"]
 profile = "smoke"  # smoke, laptop or paper: see params.yaml. None below means: what the profile says
@@ -176,8 +169,7 @@ record.figure("views", fig, f"Photographs of one scene, of {len(case.scene.train
 # 2. *Background.* Where $D_i > 1.5\,\mathrm{median}(D_i)$: $C_i \leftarrow C_i + 5$. Then all points with $C_i > 5$
 #    stay.
 #
-# (Stand-ins here: the true depth with noise, flying pixels at edges, wrong patches in front, and a confidence that
-# falls with distance and, less reliably than one would wish, at the wrong places. See `priors.py`.)
+# (Stand-ins here: the true depth with noise, flying pixels and wrong patches; see `priors.py`.)
 
 # %%
 view = case.scene.train[0]
@@ -220,8 +212,6 @@ for (_, v, s), one in made.items():
 # * The **normal** of a Gaussian is its shortest axis; drawing the normals in place of colours gives $N$.
 # * **Virtual views** lie between neighbouring photographs (rotation by slerp, position on a line). There the render has
 #   to look like the cleaned points $P_v$.
-#
-# The learning of all of these goes through one rasterizer, on a CPU, in some milliseconds.
 
 # %%
 drawn = Gaussians.from_points(clouds["init"])
@@ -284,18 +274,13 @@ record.figure("cameras", fig, "Photographs and virtual cameras from above, and h
 # %%
 arms = {v: params.arms if v == main else params.side_arms for v in params.views}
 runs = [(arm, x, v, s) for x in scenes for v in params.views for arm in arms[v] for s in params.seeds]
-needed = {(experiment.STAGE2[arm].after if arm in experiment.STAGE2 else arm, *rest) for arm, *rest in runs}
-first_runs = sorted(needed, key=lambda run: (list(experiment.STAGE1).index(run[0]), run[1:]))
+first_runs = experiment.first_stages(runs)
 bar = params.workers == 1
 
-
-def key(arm, x, v, s):
-    return f"{arm}-{x}-{v}-seed{s}"
-
-
 jobs = {} if params.priors == "pretrained" else {"prior": partial(experiment.prior, params)}
-for run in first_runs:
-    jobs[key(*run)] = partial(experiment.stage1, params, made[run[1:]], run[0], run[3], progress=bar)
+for arm, *where in first_runs:
+    x, v, s = where
+    jobs[f"{arm}-{x}-{v}-seed{s}"] = partial(experiment.stage1, params, made[x, v, s], arm, s, progress=bar)
 done = record.cells(jobs, "first stages", workers=workers)
 prior = done.pop("prior", None)
 first = dict(zip(first_runs, done.values(), strict=True))
@@ -304,11 +289,9 @@ first = dict(zip(first_runs, done.values(), strict=True))
 if prior is not None:
     fig, ax = plt.subplots(figsize=(6, 3.2))
     for name, losses in prior["losses"].items():
-        width = max(1, len(losses) // 50)
-        smooth = torch.tensor(losses).unfold(0, width, width).mean(dim=1)
-        steps = [width * (index + 0.5) for index in range(len(smooth))]
-        record.curve("prior_loss", steps, smooth.tolist(), variant=name)
-        ax.plot(steps, smooth, label={"denoiser": "denoiser, no condition", "control": "control branch"}[name])
+        steps, values = figures.smooth(losses)
+        record.curve("prior_loss", steps, values, variant=name)
+        ax.plot(steps, values, label=name)
     ax.set(xlabel="step", ylabel="squared error of the noise", title="the small diffusion model")
     ax.legend()
     record.figure("prior", fig, "Training losses of the small diffusion model and of its control branch.")
@@ -317,54 +300,25 @@ if prior is not None:
     print("squared error of bad pictures of a scene kept aside:", {k: f"{e:.4f}" for k, e in prior["error"].items()})
 
 # %% [markdown]
-# Then the second stages: with repair, and with what should and should not work in its place.
+# Then the second stages, with their controls.
 
 # %%
 second_runs = [run for run in runs if run[0] in experiment.STAGE2]
 jobs = {}
-for run in second_runs:
-    begun = first[experiment.STAGE2[run[0]].after, *run[1:]]
-    jobs[key(*run)] = partial(experiment.stage2, params, made[run[1:]], run[0], begun, prior, run[3], progress=bar)
+for arm, x, v, s in second_runs:
+    begun = first[experiment.after(arm), x, v, s]
+    given = (params, made[x, v, s], arm, begun, prior, s)
+    jobs[f"{arm}-{x}-{v}-seed{s}"] = partial(experiment.stage2, *given, progress=bar)
 second = dict(zip(second_runs, record.cells(jobs, "second stages", workers=workers).values(), strict=True))
 results = first | second
 
 # %%
-psnr: dict[tuple[str, int], list[float]] = {}
-for arm in experiment.ARMS:
-    for v in params.views:
-        for s in params.seeds:
-            found = [results[arm, x, v, s] for x in scenes if (arm, x, v, s) in results]
-            if not found:
-                continue
-            for metric in found[0]["scores"]:
-                value = statistics.fmean(one["scores"][metric] for one in found)
-                record.metric(metric, value, variant=f"{arm}/{v}", seed=s)
-                if len(scenes) > 1:
-                    for x, one in zip(scenes, found, strict=True):
-                        record.metric(metric, one["scores"][metric], variant=f"{arm}/{v}/{x}", seed=s)
-            psnr.setdefault((arm, v), []).append(statistics.fmean(one["scores"]["psnr"] for one in found))
-            begun, ended = found[0]["count"]
-            record.metric("grown", ended - begun, variant=f"{arm}/{v}", seed=s)
-            record.metric("seconds", statistics.fmean(one["seconds"] for one in found), variant=f"{arm}/{v}", seed=s)
+psnr = evaluation.report(record, results)
 for (arm, v), values in psnr.items():
     print(f"{label[arm]:22s} {v:3d} views {statistics.fmean(values):6.2f} dB   {[f'{x:.2f}' for x in values]}")
 
-# %%
-fig, ax = plt.subplots(figsize=(7, 3.6))
-curves = [arm for arm in ("raw", "init", "regularised", "full") if (arm, main) in psnr]
-for color, arm in zip(plots.COLORS, curves, strict=False):
-    losses = torch.tensor(results[arm, scenes[0], main, seed]["loss"])
-    width = max(1, len(losses) // 40)
-    smooth = losses.unfold(0, width, width).mean(dim=1).tolist()
-    steps = [(index + 0.5) * width + (params.stage1 if arm in experiment.STAGE2 else 0) for index in range(len(smooth))]
-    record.curve("loss", steps, smooth, variant=f"{arm}/{main}", seed=seed)
-    ax.plot(steps, smooth, color=color, label=label[arm])
-ax.set(xlabel="step", ylabel="loss, all terms", yscale="log", title=f"training, {main} views, seed {seed}")
-ax.legend(ncols=2)
-record.figure("training", fig, "Training losses of four arms; their terms differ, so only shapes compare.")
-
 # %% [markdown]
-# By eye: a test view, from each start and after each part. Black is where there are no Gaussians at all.
+# By eye. Black is where there are no Gaussians at all.
 
 # %%
 columns = [arm for arm in ("sfm", "raw", "init", "depth", "normal", "regularised", "full") if (arm, main) in psnr]
@@ -405,8 +359,8 @@ for (arm, _, v, s), result in second.items():
 
 # %%
 ladder = ["sfm", "raw", "no_background", "init", "depth", "normal", "regularised", "full"]
-controls = ["regularised", "shuffled_priors", "perfect_priors", "covered"]
-controls += ["longer", "full", "no_lora", "shuffled_repair", "oracle"]
+controls = ["regularised", "shuffled_priors", "perfect_priors", "covered", "longer", "full", "longer_covered"]
+controls += ["full_covered", "no_lora", "shuffled_repair", "oracle"]
 fig, axes = plt.subplots(1, 2, figsize=(11, 4))
 for ax, names, title in zip(axes, (ladder, controls), (f"part by part, {main} views", "controls"), strict=True):
     figures.bars(ax, {label[arm]: psnr[arm, main] for arm in names if (arm, main) in psnr})
@@ -434,9 +388,6 @@ for name, values in evaluation.plans().items():
     for variant, value in values.items():
         record.metric(name, value, variant=variant)
         print(f"{name}[{variant}]: {value:g}")
-gaps = [arm for arm in ("regularised", "densified", "depth_normal", "aligned", "covered") if (arm, main) in psnr]
-for arm in gaps:
-    print(f"{label[arm]:22s} {statistics.fmean(psnr[arm, main]):6.2f} dB")
 
 # %% [markdown]
 # ## 7. Real photographs
@@ -450,20 +401,19 @@ fern_psnr: dict[str, list[float]] = {}
 if params.fern_arms:
     record.data(data.FERN, sha256=data.fern_sha256())
     fern = record.cell("fern", partial(data.fern_case, params))
-    fern_runs = [(arm, s) for arm in params.fern_arms for s in params.seeds]
-    wanted = sorted({(experiment.STAGE2[arm].after if arm in experiment.STAGE2 else arm, s) for arm, s in fern_runs})
-    jobs = {f"fern-{arm}-seed{s}": partial(experiment.stage1, params, fern, arm, s, progress=bar) for arm, s in wanted}
-    begun = dict(zip(wanted, record.cells(jobs, "fern, first stages", workers=workers).values(), strict=True))
-    further = [run for run in fern_runs if run[0] in experiment.STAGE2]
-    jobs = {}
-    for arm, s in further:
-        start = begun[experiment.STAGE2[arm].after, s]
-        jobs[f"fern-{arm}-seed{s}"] = partial(experiment.stage2, params, fern, arm, start, prior, s, progress=bar)
-    fern_results = begun | dict(zip(further, record.cells(jobs, "fern, second", workers=workers).values(), strict=True))
-    for arm, s in fern_runs:
-        for metric, value in fern_results[arm, s]["scores"].items():
-            record.metric(f"fern_{metric}", value, variant=arm, seed=s)
-        fern_psnr.setdefault(arm, []).append(fern_results[arm, s]["scores"]["psnr"])
+    fern_runs = [(arm, data.FERN, params.fern_views, s) for arm in params.fern_arms for s in params.seeds]
+    begun = experiment.first_stages(fern_runs)
+    jobs = {f"fern-{run[0]}-seed{run[3]}": partial(experiment.stage1, params, fern, run[0], run[3]) for run in begun}
+    fern_results = dict(zip(begun, record.cells(jobs, "fern, first stages", workers=workers).values(), strict=True))
+    further, jobs = [run for run in fern_runs if run[0] in experiment.STAGE2], {}
+    for arm, *where in further:
+        start = fern_results[experiment.after(arm), *where]
+        jobs[f"fern-{arm}-seed{where[2]}"] = partial(experiment.stage2, params, fern, arm, start, prior, where[2])
+    fern_results |= dict(zip(further, record.cells(jobs, "fern, second stages", workers=workers).values(), strict=True))
+    for run in fern_runs:
+        for metric, value in fern_results[run]["scores"].items():
+            record.metric(f"fern_{metric}", value, variant=run[0], seed=run[3])
+        fern_psnr.setdefault(run[0], []).append(fern_results[run]["scores"]["psnr"])
     for arm, values in fern_psnr.items():
         print(f"{label[arm]:22s} {statistics.fmean(values):6.2f} dB   {[f'{x:.2f}' for x in values]}")
 else:
@@ -472,7 +422,7 @@ else:
 # %%
 if params.fern_arms:
     tested = fern.scene.test[0]
-    models = [Gaussians(**fern_results[arm, seed]["model"]) for arm in fern_psnr]
+    models = [Gaussians(**fern_results[arm, data.FERN, params.fern_views, seed]["model"]) for arm in fern_psnr]
     images = [*(experiment.picture(model, tested, black) for model in models), tested.image]
     titles = [*(f"{label[arm]}\n{statistics.fmean(x):.1f} dB" for arm, x in fern_psnr.items()), "photograph\n"]
     fig = figures.gallery([images], titles)
@@ -481,9 +431,8 @@ if params.fern_arms:
 # %% [markdown]
 # ## 8. Verdicts
 #
-# Each claim, judged. *Not tested* names what a claim would need; *refuted* is a result. Remember the scale: the
-# courtyards have 96 x 72 pixels, the stereo "network" is the truth with noise, the diffusion model has two million
-# weights. Orders may carry over; decibels do not.
+# *Not tested* names what a claim would need; *refuted* is a result. Remember the scale: 96 x 72 pixels, a stereo
+# "network" that is the truth with noise, a diffusion model of two million weights. Orders may carry over.
 
 # %%
 record.close()

@@ -60,7 +60,6 @@ class Variant:
 
 AS_RELEASED = Variant()
 AS_DESCRIBED = Variant(densify=True, guided_alignment=True, depth_normal=True)
-VARIANTS = {"as_released": AS_RELEASED, "as_described": AS_DESCRIBED}
 
 
 @dataclass(frozen=True)

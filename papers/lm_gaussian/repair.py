@@ -28,7 +28,7 @@ CONTROL_LAYERS = "control."  # of `Controlled`, whose other half is the frozen d
 AVERAGE = 0.995  # decay of the weights' running mean
 TIMES = 1000  # steps of the noise schedule
 PIXELS = 1.0  # images are -1..1
-FITTED = (10, 200)  # steps that the bad pictures' Gaussians are fitted for
+FITTED = (10, 500)  # steps that the bad pictures' Gaussians are fitted for
 TOGETHER = 8  # views repaired at once
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # bad and good pictures [3, H, W], 0..1

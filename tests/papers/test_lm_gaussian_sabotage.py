@@ -32,6 +32,7 @@ SEEDS = (0, 1, 2)
 LEFT = {"sfm": 1.0, "raw": 0.8, "no_background": 0.85, "init": 0.7, "depth": 0.6, "normal": 0.5, "regularised": 0.4}
 LEFT |= {"shuffled_priors": 0.55, "perfect_priors": 0.3, "densified": 0.35, "depth_normal": 0.35, "aligned": 0.35}
 LEFT |= {"covered": 0.35, "longer": 0.4, "no_lora": 0.35, "shuffled_repair": 0.45, "full": 0.3, "oracle": 0.2}
+LEFT |= {"as_described": 0.3, "longer_covered": 0.35, "full_covered": 0.25}
 
 
 def tiny(**changes) -> Params:
@@ -220,6 +221,7 @@ SABOTAGE: dict[str, Callable[[], tuple[dict, dict]]] = {
     "refinement-helps-lpips": horse("lpips", full="regularised"),
     "refinement-helps-lpips-small": turned("gmsd", full="regularised"),
     "repair-over-training-on": turned(full="longer"),
+    "repair-over-training-on-covered": turned(full_covered="longer_covered"),
     "repair-improves-virtual-views": lambda: (virtual(0.1), virtual(0.4)),
     "lora-helps": turned(full="no_lora"),
     "background-rule-helps": turned(init="no_background"),
@@ -239,6 +241,7 @@ SABOTAGE: dict[str, Callable[[], tuple[dict, dict]]] = {
     "depth-normal-helps": turned(depth_normal="regularised"),
     "alignment-lowers-depth-error": lambda: (alignment(200), alignment(0)),
     "alignment-helps": turned(aligned="regularised"),
+    "described-over-released": turned(as_described="regularised"),
     "virtual-views-want-cover": turned(covered="regularised"),
     # the parts
     "cleaning-removes-wrong-points": lambda: (init_quality(), init_quality(confidence=-1.0)),
