@@ -238,11 +238,12 @@ def position_noise(quats: Tensor, scales: Tensor, opacities: Tensor, noise: Tens
 
 
 def _unit(vectors: Tensor, of_zero: float) -> Tensor:
-    """Vectors [..., n] at length 1; those of length 0 become `of_zero` and have no gradient; NaN where it overflows."""
-    square = vectors.square().sum(-1, keepdim=True)
-    usable = (square > 0) & square.isfinite()
-    unit = vectors / torch.where(usable, square, 1).sqrt()
-    return torch.where(usable, unit, torch.where(square == 0, of_zero, torch.nan))
+    """Vectors [..., n] at length 1; zero becomes `of_zero` and has no gradient; NaN where something is not finite."""
+    largest = vectors.detach().abs().amax(-1, keepdim=True)  # so that no square overflows
+    usable = largest > 0
+    vectors = torch.where(usable, vectors, 1) / torch.where(usable, largest, 1)
+    unit = vectors / vectors.square().sum(-1, keepdim=True).sqrt()
+    return torch.where(usable, unit, torch.where(largest == 0, of_zero, torch.nan))
 
 
 def _extents(opacities: Tensor) -> Tensor:
@@ -324,12 +325,10 @@ def _blend(
     dx, dy = (means2d[:, None] - pixels).unbind(-1)  # [n, P]
     a, b, c = conics[:, :, None].unbind(1)  # [n, 1]
     sigma = (a * dx * dx + c * dy * dy) / 2 + b * dx * dy
+    alpha = (opacities[:, None] * torch.exp(-sigma)).clamp(max=alpha_max)
     with torch.no_grad():
-        alpha = (opacities[:, None] * torch.exp(-sigma)).clamp(max=alpha_max)
         counts = (sigma >= 0) & (alpha >= ALPHA_MIN)
         counts = counts & (torch.where(counts, 1 - alpha, 1).cumprod(0) > TRANSMITTANCE_MIN)
-    # masked before exp, which may overflow: masking behind it would leave gradients of 0 * inf = NaN
-    alpha = (opacities[:, None] * torch.exp(-torch.where(counts, sigma, 0))).clamp(max=alpha_max)
     alpha = torch.where(counts, alpha, 0)
     left = torch.cat([dx.new_ones(1, len(pixels)), 1 - alpha]).cumprod(0)  # [n + 1, P]: T
     colour = (alpha * left[:-1]).mT @ colors + left[-1, :, None] * background

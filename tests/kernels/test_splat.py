@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import hypothesis
@@ -11,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import splat_oracle
 import torch
-from splat_compare import ISAS, assert_as_good, compare, random, rasterizers, run, weights_of
+from splat_compare import ISAS, assert_as_good, compare, random, rasterizers, run, weights_of, worst_row
 from torch import Tensor
 
 from kernels import splat
@@ -68,6 +69,25 @@ def test_projection(seed: int, count: int, cameras: int, by: str, antialiased: b
         for i, out in enumerate(exact)
     ]
     compare(fast, plain, inputs, [0 * weights[0], *weights[1:]])
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e25])
+def test_the_length_of_a_quaternion_or_direction_does_not_matter(factor: float) -> None:
+    scene, dirs, coeffs = splat_oracle.scene(16, 20), random(20, 3) - 0.5, random(20, 16, 3)
+    inputs, fast, _ = projections(scene, "quats", {})
+
+    def both(times: float) -> dict[str, Tensor]:
+        def outputs(quats: Tensor, dirs: Tensor, **kw: Any) -> list[Tensor]:
+            colours = splat.spherical_harmonics(
+                3, dirs * max(times, 1e-6), coeffs.float()
+            )  # below 1e-12 it counts as 0
+            return [*fast(quats=quats * times, **kw), colours]
+
+        return run(outputs, inputs | {"dirs": dirs}, F32, [torch.zeros(1), *[torch.ones(1)] * 5])
+
+    found = both(factor)
+    for name, value in both(1.0).items():
+        assert worst_row(found[name], value.double()) < 1e-4, name
 
 
 @hypothesis.given(

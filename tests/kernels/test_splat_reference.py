@@ -208,6 +208,35 @@ def test_a_box_that_only_touches_the_border_is_outside(side: str) -> None:
     assert not seen(0) and seen(2**-40)
 
 
+@pytest.mark.parametrize("factor", [1e-150, 1e-30, 1e30, 1e300])
+def test_the_length_of_a_quaternion_or_direction_does_not_matter(factor: float) -> None:
+    scene = splat_oracle.scene(16, 20)
+    scaled = splat_oracle.project(replace(scene, quats=scene.quats * factor))
+    for name, expected in splat_oracle.project(scene).items():
+        torch.testing.assert_close(scaled[name], expected, rtol=1e-10, atol=0, msg=name)
+    dirs, coeffs = random(20, 3) - 0.5, random(20, 16, 3)
+    expected = reference.spherical_harmonics(3, dirs, coeffs)
+    torch.testing.assert_close(reference.spherical_harmonics(3, dirs * factor, coeffs), expected, rtol=1e-10, atol=0)
+
+
+def test_intrinsics_have_no_gradient() -> None:
+    scene = splat_oracle.scene(17, 20)
+    Ks, means = scene.Ks.requires_grad_(), scene.means.requires_grad_()
+    sum(values.sum() for values in splat_oracle.project(scene).values()).backward()
+    assert means.grad is not None and means.grad.any() and Ks.grad is None
+
+
+def test_a_camera_at_the_origin_of_the_world_has_gradients() -> None:
+    # where the mean of a culled Gaussian must not be put to be out of the way
+    viewmat = torch.eye(4, dtype=F64)[None].requires_grad_()
+    scene = splat_oracle.scene(15, 2)
+    means = torch.tensor([[0.0, 0.1, 3], [0, 0, -3]], dtype=F64)
+    out = reference.projection(means, *scene.arguments()[1:3], None, viewmat, *scene.arguments()[5:], antialiased=True)
+    assert out[0][0, 0].all() and not out[0][0, 1].any()
+    sum(values.sum() for values in out[1:]).backward()
+    assert viewmat.grad is not None and viewmat.grad.isfinite().all() and viewmat.grad.any()
+
+
 def test_a_flat_gaussian_has_no_compensation_and_finite_gradients() -> None:
     scene = splat_oracle.scene(10, 20, 1)
     scene.scales[:, 1:] = 0  # needles: the determinant before widening is 0, or a rounding error of either sign
@@ -273,6 +302,7 @@ def test_relocation_is_the_paper_s_double_sum(dtype: torch.dtype) -> None:
 def test_copies_look_like_the_gaussian_they_replace() -> None:
     opacities, ratios = random(300), torch.arange(300) % 60 - 4
     copies = ratios.clamp(1, 51)
+    opacities[299] = 1  # of 51 copies: the sum of alternating terms up to 2^47 must not be taken there
     scales = random(300, 3, seed=1)
     new, new_scales = reference.relocation(opacities, scales, ratios)
     torch.testing.assert_close(1 - (1 - new) ** copies, opacities, rtol=0, atol=1e-12)
