@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import seeds
 from common.models import lora
 from common.models.denoiser import ControlBranch, Controlled, Denoiser
 from common.models.diffusion import Schedule, epsilon_loss, sdedit, train
+from common.models.pairs import Pairs, crop
+from common.models.pairs import held_out_error as common_error
 from common.splatting import Scene, View
 from common.splatting.settings import TrainSettings
 from common.splatting.training import fit
@@ -30,8 +31,6 @@ TIMES = 1000  # steps of the noise schedule
 PIXELS = 1.0  # images are -1..1
 FITTED = (10, 500)  # steps that the bad pictures' Gaussians are fitted for
 TOGETHER = 8  # views repaired at once
-
-Pairs = Sequence[tuple[Tensor, Tensor]]  # bad and good pictures [3, H, W], 0..1
 
 
 # ------------------------------------------------------------------------------------------ the small diffusion model
@@ -96,20 +95,6 @@ def small_network(params: Params, state: Mapping[str, Tensor]) -> Controlled:
 def latest(params: Params) -> int:
     """The last time that SDEdit starts from, with a margin; there is no use in learning later ones."""
     return min(TIMES, round(1.5 * params.strength * TIMES))
-
-
-def crop(pairs: Pairs, draw: torch.Generator, *, count: int, size: int, device: str) -> tuple[Tensor, Tensor]:
-    """`count` random square crops, half of them mirrored: bad and good [B, 3, size, size] in -1..1."""
-    found = []
-    for number in torch.randint(len(pairs), (count,), generator=draw, device=draw.device).tolist():
-        both = torch.stack(list(pairs[number]))  # [2, 3, H, W]
-        row, column, mirror = torch.rand(3, generator=draw, device=draw.device).tolist()
-        side = min(size, *both.shape[-2:])
-        top, left = int(row * (both.shape[-2] - side + 1)), int(column * (both.shape[-1] - side + 1))
-        part = both[..., top : top + side, left : left + side]
-        found.append(part.flip(-1) if mirror < 0.5 else part)
-    bad, good = (2 * torch.stack(found).to(device) - 1).unbind(dim=1)
-    return bad, good
 
 
 # -------------------------------------------------------------------------------------------------- repairing a scene
@@ -184,9 +169,8 @@ def early_pairs(renders: Mapping[str, Sequence[Tensor]], views: Sequence[View]) 
 
 def held_out_error(network: Controlled, pairs: Pairs, params: Params) -> dict[str, float]:
     """Mean squared error of pictures nobody trained on, before and after SDEdit: how much the model repairs."""
-    bad, good = (torch.stack([pair[side] for pair in pairs]).movedim(1, -1) for side in (0, 1))
-    repaired = SmallRepair(params, network, 0)(bad.to(params.device), 0).to(good)
-    return {"before": float(F.mse_loss(bad, good)), "after": float(F.mse_loss(repaired, good))}
+    repair = SmallRepair(params, network, 0)
+    return common_error(lambda bad: repair(bad.to(params.device), 0), pairs)
 
 
 def adapted_layer(name: str) -> bool:
