@@ -13,7 +13,7 @@ from common.metrics.image import psnr, ssim
 from common.splatting.model import Gaussians
 from common.splatting.scene import View
 
-__all__ = ["Scores", "ViewScore", "evaluate"]
+__all__ = ["MASKED", "Scores", "ViewScore", "evaluate", "score", "tight_box"]
 
 MASKED = 0.5  # a pixel belongs to the object above this mask value
 
@@ -74,15 +74,24 @@ def evaluate(
 
 
 def score(view: View, image: Tensor) -> ViewScore:
-    """Compare an image [H, W, 3] with a view's photograph."""
+    """Compare an image [H, W, 3], limited to 0..1 first as a file would, with a view's photograph."""
     ours, photo = image.detach().clamp(0, 1).movedim(-1, 0), view.image.movedim(-1, 0)  # [3, H, W]
     whole = _psnr(ours.flatten(), photo.flatten()), _ssim(ours, photo)
-    inside = None if view.mask is None else view.mask > MASKED
-    if inside is None or not bool(inside.any()):
+    box = None if view.mask is None else tight_box(view.mask)
+    if view.mask is None or box is None:
         return ViewScore(view.name, *whole)
+    inside = view.mask > MASKED
+    of_object = _psnr(ours[:, inside], photo[:, inside]), _ssim(ours[:, *box], photo[:, *box])
+    return ViewScore(view.name, *whole, *of_object)
+
+
+def tight_box(mask: Tensor) -> tuple[slice, slice] | None:
+    """The smallest box of rows and columns that holds the object of a mask [H, W], or None where there is none."""
+    inside = mask > MASKED
     rows, columns = inside.any(dim=1).nonzero(), inside.any(dim=0).nonzero()
-    box = (..., slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
-    return ViewScore(view.name, *whole, _psnr(ours[:, inside], photo[:, inside]), _ssim(ours[box], photo[box]))
+    if not len(rows):
+        return None
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _psnr(ours: Tensor, photo: Tensor) -> float:

@@ -100,10 +100,17 @@ def pearson(depth: Tensor, reference: Tensor, weight: Tensor | None = None) -> T
 
 
 def pearson_patches(
-    depth: Tensor, reference: Tensor, *, size: int, share: float = 0.5, generator: torch.Generator
+    depth: Tensor,
+    reference: Tensor,
+    weight: Tensor | None = None,
+    *,
+    size: int,
+    share: float = 0.5,
+    generator: torch.Generator,
 ) -> Tensor:
     """The mean of `pearson` over boxes of `size` pixels at random places (SparseGS, LM-Gaussian).
 
+    weight  [H, W] as in `pearson`; a box that it leaves nothing of counts as constant
     share   how many boxes: this share of those that fit beside each other, at least one
 
     Raises ValueError for boxes larger than the map.
@@ -117,8 +124,8 @@ def pearson_patches(
         return torch.randint(last + 1, (count,), generator=generator, device=generator.device).tolist()
 
     places = list(zip(corners(height - size), corners(width - size), strict=True))
-    boxes = [torch.stack([x[r : r + size, c : c + size] for r, c in places]) for x in (depth, reference)]
-    return pearson(*boxes)
+    maps = (depth, reference) if weight is None else (depth, reference, weight)
+    return pearson(*(torch.stack([x[r : r + size, c : c + size] for r, c in places]) for x in maps))
 
 
 def total_variation(image: Tensor) -> Tensor:

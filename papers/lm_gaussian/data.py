@@ -17,8 +17,9 @@ from common.splatting.generated import facade_scene, object_scene, room_rig, roo
 from common.splatting.raycast import World
 from common.splatting.real import fern
 from common.splatting.stereo import depth_range
+from common.splatting.virtual import virtual_cameras
 from papers.lm_gaussian import priors
-from papers.lm_gaussian.method import Mono, virtual_cameras
+from papers.lm_gaussian.method import Mono
 from papers.lm_gaussian.priors import Stereo
 from papers.lm_gaussian.settings import Params
 

@@ -19,6 +19,7 @@ from common.splatting.model import Gaussians
 from common.splatting.settings import TrainSettings
 from common.splatting.strategies import DefaultStrategy
 from common.splatting.training import fit
+from common.splatting.virtual import point_image
 from papers.lm_gaussian import data, method, priors, repair
 from papers.lm_gaussian.data import Case
 from papers.lm_gaussian.settings import Params
@@ -156,7 +157,7 @@ def stage1(params: Params, case: Case, name: str, seed: int, *, progress: bool =
     start, early = len(model), method.EarlyRenders(params.early_until, params.early_most)
     extensions: list[Any] = [early]
     if arm.losses:
-        virtual = [method.point_image(points, camera) for camera in case.virtual]
+        virtual = [point_image(points, camera) for camera in case.virtual]
         given = (*arm.losses, "depth_normal")
         weights = method.Weights(**{name: getattr(params, f"w_{name}") * (name in given) for name in LOSSES})
         late = plan(params).late if arm.variant.depth_normal else params.stage1

@@ -23,10 +23,10 @@
 #
 # Gaussian splatting needs a hundred photographs of a place. From four, it explains the photographs perfectly and is
 # wrong everywhere else. LM-Gaussian lets networks that have seen millions of images fill in what four photographs
-# cannot say. This notebook follows it from the idea to the verdict:
+# cannot say. This notebook goes from idea to verdict:
 #
 # (1) the problem, (2) which points to believe, (3) five losses, (4) repair by a diffusion model, (5) the experiment and
-# the controls that would expose a leak, (6) what the released code leaves out, (7) real photographs, (8) the verdicts.
+# the controls that expose a leak, (6) what the released code leaves out, (7) real photographs, (8) the verdicts.
 #
 # The method is in `method.py`, the priors in `priors.py`, the repair in `repair.py`, the arms in `experiment.py`.
 
@@ -109,6 +109,7 @@ from common import params as parameters
 from common import plots
 from common.record import Record
 from common.splatting.model import Gaussians
+from common.splatting.virtual import point_image
 from papers.lm_gaussian import data, evaluation, experiment, figures, method
 from papers.lm_gaussian.settings import Params
 
@@ -185,7 +186,7 @@ starts = {name: title for name, title in starts.items() if name != "sfm" or case
 camera = case.virtual[0]
 clouds = {name: experiment.cloud(params, case, experiment.STAGE1[name], seed) for name in starts}
 titles = [f"{title}\n{len(clouds[name]):,} points" for name, title in starts.items()]
-fig = figures.gallery([[method.point_image(points, camera).image for points in clouds.values()]], titles, width=3)
+fig = figures.gallery([[point_image(points, camera).image for points in clouds.values()]], titles, width=3)
 record.figure("init", fig, "The points of four starts from a camera between two photographs, in front of white.")
 
 # %%
@@ -210,8 +211,8 @@ for (_, v, s), one in made.items():
 # * A monocular depth is right only up to scale and shift, so it is compared by **correlation**: $P_g = 1 -
 #   \mathrm{corr}(D, D^m)$ over the image, $P_l$ the same over boxes at random places, which sees local shape.
 # * The **normal** of a Gaussian is its shortest axis; drawing the normals in place of colours gives $N$.
-# * **Virtual views** lie between neighbouring photographs (rotation by slerp, position on a line). There the render has
-#   to look like the cleaned points $P_v$.
+# * **Virtual views** lie between neighbouring photographs (slerp, position on a line). There the render has to look
+#   like the cleaned points $P_v$.
 
 # %%
 drawn = Gaussians.from_points(clouds["init"])
@@ -219,11 +220,11 @@ with torch.no_grad():
     rendering = drawn.render(view.camera, mode="RGB+ED")
     normals = method.normal_image(drawn.splats(), view.camera)
     surface = method.normals_from_depth(view.camera, rendering.depth)
-points = method.point_image(clouds["init"], camera)
+points = point_image(clouds["init"], camera)
 pictures = [rendering.image, rendering.depth, (normals + 1) / 2, (surface + 1) / 2, points.image]
 titles = ["render R", "depth D", "normals N of Gaussians", "normals of the depth", "points $P_v$, virtual view"]
 fig = figures.gallery([pictures], titles, width=2.6)
-record.figure("losses", fig, "What the losses compare, before the first step: one Gaussian a point, all still round.")
+record.figure("losses", fig, "What the losses compare, before the first step: one Gaussian a point, still round.")
 
 # %% [markdown]
 # ## 4. What nobody photographed: repair

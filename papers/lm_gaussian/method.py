@@ -29,16 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.splatting import Camera, PointCloud, View, interpolate
+from common.splatting import Camera, PointCloud, View
 from common.splatting.extensions import Extension, Shot
 from common.splatting.losses import edge_aware_smoothness, pearson, pearson_patches
 from common.splatting.model import Rendering, Splats, render
 from common.splatting.training import Trainer
+from common.splatting.virtual import PointImage, point_image_loss
 
 CONFIDENCE = 5.0  # points below it are left out [code]
 BACKGROUND_DEPTH, BACKGROUND_BONUS = 1.5, 5.0  # times the median depth; added to the confidence [code]
 IN_FRONT = 1e-3  # a point counts as in front if it is closer by this share [DUSt3R's code]
-POINT_RADIUS = 0.01  # of the shorter half of the image [code]
 REWIND = 100  # every round starts at the learning rate of this step of `Plan.steps` [code]
 NEAR, FAR = 16.0, 1.2  # of the distance weight [code]
 
@@ -181,39 +181,6 @@ def guided_alignment(
 # ------------------------------------------------------------------------------------------ 2. the losses of stage 1
 
 
-def virtual_cameras(views: Sequence[View], between: int, *, closed: bool) -> list[Camera]:
-    """`between` cameras inside every pair of neighbouring views: rotations by slerp, centres along a straight line.
-
-    closed  the last view and the first are neighbours too
-    """
-    stops = [view.camera for view in views]
-    pairs = list(zip(stops, [*stops[1:], stops[0]], strict=True))[: None if closed else -1]
-    return [interpolate(a, b, (step + 1) / (between + 1)) for a, b in pairs for step in range(between)]
-
-
-@dataclass(frozen=True, eq=False)
-class PointImage:
-    """What a virtual camera sees of the cleaned points, in front of white.
-
-    image [H, W, 3];  cover [H, W] 0..1, how much of the pixel is points
-    """
-
-    camera: Camera
-    image: Tensor
-    cover: Tensor
-
-
-def point_image(cloud: PointCloud, camera: Camera) -> PointImage:
-    """P_v: the points as small discs, here round Gaussians of POINT_RADIUS that are nearly opaque."""
-    _, depth = camera.project(cloud.positions)
-    radius = POINT_RADIUS * min(camera.height, camera.width) / 2  # pixels
-    scales = (0.5 * radius * depth.clamp_min(1e-6) / camera.K[0, 0])[:, None].expand(-1, 3)
-    still = scales.new_tensor([1.0, 0, 0, 0]).expand(len(scales), 4)
-    splats = Splats(cloud.positions, still, scales.contiguous(), torch.full_like(depth, 0.99), cloud.colors)
-    drawn = render(splats, camera, background=scales.new_ones(3))
-    return PointImage(camera, drawn.image, drawn.alpha)
-
-
 def depth_loss(depth: Tensor, mono: Tensor, *, box: int, generator: torch.Generator) -> Tensor:
     """P_g + P_l: 1 - corr(D, D^m) over the whole image, and its mean over boxes at random places."""
     return pearson(depth, mono) + pearson_patches(depth, mono, size=box, generator=generator)
@@ -295,9 +262,7 @@ class MultiModal(Extension):
                 total = total + weights.depth_normal * (1 - (normals * surface).sum(dim=-1)).mean()
         if weights.virtual:
             points = self.virtual[_any(len(self.virtual), trainer.generator("virtual"))]
-            drawn = render(shot.splats, points.camera, background=torch.ones_like(shot.background)).image
-            error = (drawn - points.image).abs()  # L_pr
-            total = total + weights.virtual * (error * points.cover[..., None] if self.covered else error).mean()
+            total = total + weights.virtual * point_image_loss(shot.splats, points, covered=self.covered)  # L_pr
         return total
 
 

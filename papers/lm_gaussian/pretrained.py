@@ -16,9 +16,10 @@ from common.models.dust3r import dust3r
 from common.models.marigold import Marigold
 from common.models.stable_diffusion import MULTIPLE, StableDiffusion
 from common.splatting import Scene
+from common.splatting.virtual import virtual_cameras
 from papers.lm_gaussian import repair
 from papers.lm_gaussian.data import Case
-from papers.lm_gaussian.method import Mono, virtual_cameras
+from papers.lm_gaussian.method import Mono
 from papers.lm_gaussian.priors import Stereo
 from papers.lm_gaussian.settings import Params
 

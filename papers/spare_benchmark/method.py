@@ -11,7 +11,7 @@ views are known, and every entrant is trained with several seeds.
 Sources: [site] read on the benchmark's pages; [code] read in released code; [guess] ours.
 
 name        meaning
-arm         an entrant or a variant of one: 3dgs, fsgs, dngaussian, corgs, dropgaussian, ...
+arm         an entrant or a variant of one: 3dgs, fsgs, dngaussian, corgs, dropgaussian, lm_gaussian, ...
 set         where the views come from: generated, fern, chair, brighton, llff, dtu, spare
 views       how many cameras train
 run         one training: (arm, set, views, seed)
@@ -24,15 +24,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from common.metrics.image import psnr, ssim
 from common.splatting import Camera, View, interpolate
+from common.splatting.evaluation import score, tight_box
 from common.splatting.splits import DTU_SCANS, dtu
 from common.splatting.strategies import DefaultStrategy
 from common.splatting.training import TrainSettings
 
 TRACKS = {1: 3, 2: 9}  # input views [site]
 TEST_VIEWS = 10  # [site]
-MASKED = 0.5  # a pixel with more than this of the object belongs to it
 
 # The generated rig has 7 x 7 cameras. Track 1 looks from three neighbours left of the middle, as DTU's first three lie
 # close together; Track 2 adds six spread over the rig. Test views: ten of the others, the rim included.
@@ -80,15 +79,6 @@ def dtu_scenes() -> list[str]:
     return [f"scan{number}" for number in DTU_SCANS]
 
 
-def tight_box(mask: Tensor) -> tuple[slice, slice] | None:
-    """The smallest box of rows and columns that holds the object of a mask [H, W], or None where there is none."""
-    inside = mask > MASKED
-    rows, columns = inside.any(dim=1).nonzero(), inside.any(dim=0).nonzero()
-    if not len(rows):
-        return None
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-
-
 def six_metrics(
     view: View, image: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor], name: str
 ) -> dict[str, float]:
@@ -97,25 +87,16 @@ def six_metrics(
     image       [H, W, 3] render; limited to 0..1 first, as a file would
     perceptual  (image, reference) [3, H, W] -> scalar: LPIPS, or what stands in for it, called `name`
 
-    SSIM is in the form of 3DGS (zeros around the image).
+    PSNR and SSIM are `common.splatting.evaluation.score`'s.
     """
+    plain = score(view, image)
     ours, photo = image.clamp(0, 1).movedim(-1, 0), view.image.movedim(-1, 0)  # [3, H, W]
-
-    def whole(a: Tensor, b: Tensor, suffix: str) -> dict[str, float]:
-        similarity = ssim(a, b, data_range=1.0, border="zero").mean()
-        return {f"ssim{suffix}": float(similarity), f"{name}{suffix}": float(perceptual(a, b))}
-
-    found = {"psnr": _psnr(ours, photo), **whole(ours, photo, "")}
+    found = {"psnr": plain.psnr, "ssim": plain.ssim, name: float(perceptual(ours, photo))}
     box = None if view.mask is None else tight_box(view.mask)
-    if view.mask is None or box is None:
+    if box is None or plain.psnr_masked is None or plain.ssim_masked is None:
         return found
-    inside = view.mask > MASKED
-    found["psnr_m"] = _psnr(ours[:, inside], photo[:, inside])
-    return found | whole(ours[:, *box], photo[:, *box], "_m")
-
-
-def _psnr(ours: Tensor, photo: Tensor) -> float:
-    return float(psnr(ours.reshape(1, -1), photo.reshape(1, -1), data_range=1.0))
+    distance = float(perceptual(ours[:, *box], photo[:, *box]))
+    return found | {"psnr_m": plain.psnr_masked, "ssim_m": plain.ssim_masked, f"{name}_m": distance}
 
 
 # ------------------------------------------------------------------------------------- what all entrants have in common

@@ -42,7 +42,7 @@ class Params:
         lpips_net        alex (SpaRe) or vgg (the tables of the splatting papers)
 
     Timing
-        timing_iterations   steps of plain 3DGS on fern at 504 x 378 that are timed; 0: none
+        timing_iterations   steps of plain 3DGS on fern at 504 x 378 that are timed, on two threads; 0: none
     """
 
     seeds: list[int]

@@ -173,6 +173,15 @@ def test_patches_are_the_mean_of_pearson_over_their_boxes() -> None:
         pearson_patches(a, b, size=41, generator=g)
 
 
+def test_patches_count_the_pixels_that_weigh() -> None:
+    a, b = images(12, 12, 1)[..., 0]
+    weight = torch.zeros_like(a)
+    weight[:, :7] = 0.3
+    one_box = {"size": 12, "generator": torch.Generator().manual_seed(0)}
+    assert float(pearson_patches(a, b, weight, **one_box)) == pytest.approx(float(pearson(a[:, :7], b[:, :7])))
+    assert float(pearson_patches(a, b, torch.zeros_like(a), **one_box)) == pytest.approx(1.0), "as a constant map"
+
+
 def test_smoothness_counts_steps_and_forgives_them_at_edges() -> None:
     depth = torch.zeros(10, 12)
     depth[:, 6:] = 2.0

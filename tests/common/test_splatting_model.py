@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.metrics.image import ssim
 from common.splatting.cameras import Camera
-from common.splatting.evaluation import evaluate, score
+from common.splatting.evaluation import evaluate, score, tight_box
 from common.splatting.generated import object_scene
 from common.splatting.model import FIELDS, Gaussians, render
 from common.splatting.scene import PointCloud, View
@@ -37,6 +37,13 @@ def test_masked_scores_look_at_the_object() -> None:
     assert score(view_of(image, torch.zeros(16, 20)), render).ssim_masked is None
     with pytest.raises(ValueError, match="no views"):
         evaluate(Gaussians.random(5, (0, 0, 1), (1, 1, 2), generator=torch.Generator()), [])
+
+
+def test_tight_box_by_hand() -> None:
+    mask = torch.zeros(6, 8)
+    mask[2, 3], mask[4, 5], mask[0, 0] = 1.0, 0.9, 0.5  # half a pixel does not belong
+    assert tight_box(mask) == (slice(2, 5), slice(3, 6))
+    assert tight_box(torch.zeros(6, 8)) is None
 
 
 def test_points_become_gaussians_as_wide_as_their_neighbours_are_far() -> None:

@@ -14,6 +14,7 @@ from common.splatting.extensions import Shot
 from common.splatting.model import Gaussians, Splats, render
 from common.splatting.settings import TrainSettings
 from common.splatting.training import Trainer, fit
+from common.splatting.virtual import point_image, virtual_cameras
 from papers.lm_gaussian import method
 
 SIZE = 24
@@ -147,14 +148,6 @@ def test_rendered_normals_of_a_wall_and_those_of_its_depth_face_the_camera():
     torch.testing.assert_close(surface, torch.tensor([0.0, -1, 0]).expand_as(surface), atol=1e-3, rtol=0)
 
 
-def test_points_are_drawn_in_their_colours_in_front_of_white():
-    cloud = PointCloud(wall(4000, spread=0.5).positions, torch.tensor([0.9, 0.1, 0.1]).expand(4000, 3))
-    found = method.point_image(cloud, camera(0.0))
-    torch.testing.assert_close(found.image[12, 12], torch.tensor([0.9, 0.1, 0.1]), atol=0.03, rtol=0)
-    torch.testing.assert_close(found.image[0, 0], torch.ones(3))
-    assert found.cover[12, 12] > 0.95 and found.cover[0, 0] == 0
-
-
 def stage1_loss(weights: method.Weights, step: int = 1, **options) -> tuple[float, Trainer, Shot]:
     views = (view("a", camera(-0.5)), view("b", camera(0.5)))
     settings = TrainSettings(iterations=10, mode="RGB+ED", strategy=None, sh_degree=0)
@@ -166,7 +159,7 @@ def stage1_loss(weights: method.Weights, step: int = 1, **options) -> tuple[floa
     draw = torch.Generator().manual_seed(1)
     depth = torch.rand(SIZE, SIZE, generator=draw)
     normals = torch.nn.functional.normalize(torch.rand(SIZE, SIZE, 3, generator=draw), dim=-1)
-    points = [method.point_image(wall(), camera(0.0))]
+    points = [point_image(wall(), camera(0.0))]
     extension = method.MultiModal({"a": method.Mono(depth, normals)}, points, weights, box=SIZE, late=5, **options)
     loss = extension.loss(trainer, shot)
     assert loss is not None
@@ -180,7 +173,7 @@ def test_each_term_of_stage_1_has_its_weight():
 
     total, _, shot = stage1_loss(dataclasses.replace(nothing, virtual=0.6))
     drawn = render(shot.splats, camera(0.0), background=torch.ones(3)).image
-    target = method.point_image(wall(), camera(0.0))
+    target = point_image(wall(), camera(0.0))
     assert total == pytest.approx(0.6 * float((drawn - target.image).abs().mean()), rel=1e-5)
     covered = float(((drawn - target.image).abs() * target.cover[..., None]).mean())
     assert stage1_loss(dataclasses.replace(nothing, virtual=0.6), covered=True)[0] == pytest.approx(
@@ -208,15 +201,6 @@ def test_depth_and_normals_agree_only_after_the_late_step():
 
 
 # ------------------------------------------------------------------------------------------- virtual views and rounds
-
-
-def test_virtual_cameras_lie_evenly_between_neighbours():
-    views = [view(name, camera(x)) for name, x in (("a", -1.0), ("b", 0.0), ("c", 1.0))]
-    found = method.virtual_cameras(views, 3, closed=False)
-    assert len(found) == 6 and len(method.virtual_cameras(views, 3, closed=True)) == 9
-    middles = torch.stack([c.center for c in found])
-    torch.testing.assert_close(middles[:, 0], torch.tensor([-0.75, -0.5, -0.25, 0.25, 0.5, 0.75]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(middles[:, 1], torch.full((6,), -3.0), atol=1e-5, rtol=0)
 
 
 def test_distance_weights_by_hand():
@@ -261,7 +245,7 @@ class Steps:
 
 def refine(weight: float, shade: float, steps: int = 9) -> tuple[Gaussians, Steps, list[float]]:
     views = (view("a", camera(-0.5)), view("b", camera(0.5)))
-    cameras = method.virtual_cameras(views, 2, closed=False)
+    cameras = virtual_cameras(views, 2, closed=False)
     mender, rates = Steps(shade), []
     extension = method.Refinement(cameras, torch.full((2,), weight), mender, every=3, rewind=2)
     settings = TrainSettings(iterations=steps, strategy=None, sh_degree=0, lr_means_until=20)

@@ -118,13 +118,6 @@ def test_renders_are_limited_as_a_file_would_and_views_without_masks_have_three_
     assert set(bright) == {"psnr", "ssim", "gmsd"}
 
 
-def test_tight_box_by_hand():
-    mask = torch.zeros(6, 8)
-    mask[2, 3], mask[4, 5], mask[0, 0] = 1.0, 0.9, 0.5  # half a pixel does not belong
-    assert method.tight_box(mask) == (slice(2, 5), slice(3, 6))
-    assert method.tight_box(torch.zeros(6, 8)) is None
-
-
 def test_schedules_shrink_by_one_factor():
     assert [method.scaled(step, 400) for step in (500, 100, 3_000, 10_000, 10)] == [20, 4, 120, 400, 1]
     full = method.settings(10_000, 0, most=10**6, reset=True).strategy

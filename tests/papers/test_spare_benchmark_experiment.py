@@ -87,6 +87,35 @@ def test_random_backgrounds_only_where_photographs_are_filled():
     assert opened.losses != plain.losses
 
 
+def test_the_timed_run_is_the_full_method_on_two_threads(monkeypatch):
+    """On a stand-in for fern; what is measured is counted from training to scores."""
+    asked, seen = [], {}
+
+    def stands_in(params: Params, *address) -> data.Prepared:
+        asked.append((params.factor_fern, *address))
+        return prepared()
+
+    def trained(params: Params, arm: str, *rest, honest=experiment.train):
+        seen.update(threads=torch.get_num_threads(), arm=arm, params=params)
+        return honest(params, arm, *rest)
+
+    monkeypatch.setattr(data, "prepare", stands_in)
+    monkeypatch.setattr(experiment, "train", trained)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = experiment.timing(tiny(timing_iterations=5, reset=False))
+        assert torch.get_num_threads() == 1, "as it was"
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [(8, "fern", 3, "fern")]
+    assert (seen["threads"], seen["arm"]) == (2, "3dgs")
+    params = seen["params"]
+    assert (params.iterations, params.sh_degree, params.reset, params.most) == (5, 3, True, 20_000)
+    assert found["seconds"] > 0 and found["cpu_seconds"] > 0
+    assert found["gaussians"] > 2 and np.isfinite(found["scores"]["psnr"])
+
+
 # ----------------------------------------------------------------------------------------------------- conclusions
 
 
