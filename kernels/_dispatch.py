@@ -34,6 +34,12 @@ TABLE: dict[str, dict[tuple[str, torch.dtype], str]] = {
         ("cpu", torch.float64): REFERENCE,
         ("cuda", torch.float64): REFERENCE,
     },
+    "ssim": {
+        ("cpu", torch.float32): CPU,
+        ("cuda", torch.float32): REFERENCE,
+        ("cpu", torch.float64): REFERENCE,
+        ("cuda", torch.float64): REFERENCE,
+    },
 }
 
 
@@ -62,7 +68,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, op: str) -> str:
     elif backend == TRITON and TRITON not in rows.values():
         raise KernelUnavailable(
             f"kernels.{op}: got {FORCE}=triton, and there are no Triton kernels of this op; unset {FORCE}: on CUDA it "
-            f"calls {rows[('cuda', dtype)]}"
+            f"runs {rows[('cuda', dtype)]}"
         )
     elif backend == TRITON:
         interpreted = device.type == "cpu" and _interprets()

@@ -10,6 +10,7 @@
 #include "ct/cpu.h"
 #include "simd/isa.h"
 #include "splat/bind.h"
+#include "ssim/bind.h"
 #include "stamp.h"
 
 namespace nb = nanobind;
@@ -110,4 +111,5 @@ NB_MODULE(_native, m) {
           "out"_a.noconvert(), "source_axis"_a, "axis_detector"_a, "pitch"_a, "pixel"_a, "offset"_a, "axis"_a, "threads"_a,
           "The exact adjoint: sinogram [B, V, K] float32 -> out [B, H, W] float32.");
     kernels::splat::bind(m);
+    kernels::ssim::bind(m);
 }

@@ -3,19 +3,18 @@
 Images are [H, W, C] in 0..1, depths [H, W]. All losses are means, lower is better, and return a scalar tensor.
 
 D-SSIM is 1 - SSIM in the form of 3DGS: Gaussian window of 11 pixels, sigma 1.5, zeros around the image, constants
-0.01^2 and 0.03^2, mean over all pixels and channels. It is the dearest part of a training step outside the rasterizer,
-so `photometric` has a gradient of its own: SSIM is a function of three window means of the render (of x, x^2 and x y),
-and since the window is symmetric, the gradient takes three more window means and nothing else. The window means of the
-photograph never change and live in `Target` (twice its memory more).
+0.01^2 and 0.03^2, mean over all pixels and channels; `kernels.ssim` computes it. The window means of the photograph
+never change and live in `Target` (twice its memory more).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels import ssim as ssim_kernel
 
 __all__ = [
     "Target",
@@ -26,9 +25,6 @@ __all__ = [
     "ssim",
     "total_variation",
 ]
-
-WINDOW, SIGMA = 11, 1.5  # pixels
-C1, C2 = 0.01**2, 0.03**2
 
 
 class Target:
@@ -49,10 +45,10 @@ class Target:
                 f"Target: weight is {list(image.shape[:2])} with a positive value somewhere; got {list(weight.shape)}. "
                 "Leave views out that show nothing of the scene."
             )
-        self.weight = None if weight is None else weight.detach()[..., None].to(image.dtype)  # [H, W, 1]
-        self.image = (image.detach() if self.weight is None else image.detach() * self.weight).contiguous()
-        self.mean = _window_mean(self.image)
-        self.variance_term = _window_mean(self.image.square()) - self.mean.square() + C2
+        self.weight = None if weight is None else weight.detach().to(image.dtype)
+        self.image = (image.detach() if self.weight is None else image.detach() * self.weight[..., None]).contiguous()
+        self.mean = ssim_kernel.window_mean(self.image)
+        self.variance = ssim_kernel.window_mean(self.image.square()) - self.mean.square()
 
 
 def photometric(image: Tensor, target: Target | Tensor, *, dssim: float = 0.2) -> Tensor:
@@ -71,7 +67,7 @@ def photometric(image: Tensor, target: Target | Tensor, *, dssim: float = 0.2) -
             "the photograph's camera."
         )
     if target.weight is not None:
-        image = image * target.weight
+        image = image * target.weight[..., None]
     return _Photometric.apply(image, target, dssim)  # pyright: ignore[reportReturnType]
 
 
@@ -157,21 +153,21 @@ def _standardised(values: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Photometric(torch.autograd.Function):
-    """The gradient is made in forward, where all it needs is at hand, and scaled in backward."""
+    """The gradient is made with the loss, where all it needs is at hand, and scaled in backward."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, target: Target, dssim: float) -> Tensor:
-        x, weight = image.detach(), target.weight
-        share = 1 / (x.numel() if weight is None else float(weight.sum()) * x.shape[-1])
-        difference = x - target.image
-        gradient = difference.sign().mul_((1 - dssim) * share)
-        loss = difference.abs_().sum().mul_((1 - dssim) * share)
-        if dssim:
-            of_map = share if weight is None else weight * share
-            value, ssim_gradient = _ssim(x, target, of_map, ctx.needs_input_grad[0])
-            loss = loss + dssim * (1 - value)
-            gradient.sub_(ssim_gradient, alpha=dssim)
-        ctx.save_for_backward(gradient)
+        loss, gradient = ssim_kernel.photometric(
+            image,
+            target.image,
+            target.mean,
+            target.variance,
+            weight=target.weight,
+            dssim=dssim,
+            gradient=ctx.needs_input_grad[0],
+        )
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
@@ -179,48 +175,3 @@ class _Photometric(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None
-
-
-def _ssim(x: Tensor, target: Target, share: Tensor | float, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """sum(share * SSIM map) and its gradient with respect to x [H, W, C] (zeros if not wanted).
-
-    SSIM = a b / (c d) with a = 2 mx my + C1, b = 2 (xy - mx my) + C2, c = mx^2 + my^2 + C1, d = vx + vy + C2 and
-    vx = xx - mx^2, where mx, my, xx and xy are window means of x, y, x^2 and x y.
-    """
-    y, my = target.image, target.mean
-    mx, xx, xy = _window_mean(x), _window_mean(x * x), _window_mean(x * y)
-    product, square = mx * my, mx * mx
-    c, d = torch.addcmul(square, my, my).add_(C1), xx.sub_(square).add_(target.variance_term)
-    a, b = product.mul(2).add_(C1), xy.sub_(product).mul_(2).add_(C2)
-    inverse = torch.mul(c, d).reciprocal_()
-    ssim_map = torch.mul(a, b).mul_(inverse)
-    value = (ssim_map * share).sum()
-    if not with_gradient:
-        return value, torch.zeros_like(x)
-
-    # derivatives by xy, by xx, and by mx at fixed xy and xx
-    by_xx = (ssim_map / d).neg_()
-    by_mx = torch.sub(b, a).mul_(inverse).mul_(my).sub_((ssim_map / c).add_(by_xx).mul_(mx)).mul_(2)
-    by_xy = a.mul_(inverse).mul_(2)
-    # the window is symmetric, so its adjoint is itself
-    from_mx, from_xx, from_xy = (_window_mean(derivative.mul_(share)) for derivative in (by_mx, by_xx, by_xy))
-    return value, from_mx.add_(from_xx.mul_(x), alpha=2).addcmul_(from_xy, y)
-
-
-def _window_mean(image: Tensor) -> Tensor:
-    """Gaussian window means of [H, W, C] with zeros around, as sums of shifted copies.
-
-    On a CPU that is as fast as torch's best convolution here (depthwise, channels last) and needs no change of layout.
-    """
-    height, width, channels = image.shape
-    weights = [math.exp(-0.5 * (offset / SIGMA) ** 2) for offset in range(-(WINDOW // 2), WINDOW // 2 + 1)]
-    weights = [weight / sum(weights) for weight in weights[WINDOW // 2 :]]  # the middle one and those to one side
-    means = image.flatten(1)  # [H, W C]
-    for dim, length, step in ((0, height, 1), (1, width * channels, channels)):
-        source, means = means, means * weights[0]
-        for offset, weight in enumerate(weights[1:], start=1):
-            kept = length - offset * step
-            if kept > 0:
-                means.narrow(dim, offset * step, kept).add_(source.narrow(dim, 0, kept), alpha=weight)
-                means.narrow(dim, 0, kept).add_(source.narrow(dim, offset * step, kept), alpha=weight)
-    return means.view_as(image)

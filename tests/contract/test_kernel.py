@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # every folder of kernels/ that is a package; simd/ holds C++ for all of them
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 NEEDED = ("__init__.py", "reference.py", "bench.py", "cpu.cpp")
-# what runs on a GPU: kernels of ours, or the library that does it already
-GPU_FILES = {"triton": "triton.py", "gsplat": "gpu.py"}
+# what runs on a GPU: kernels of ours, the library that does it already, or plain torch where that is enough
+GPU_FILES = {"triton": "triton.py", "gsplat": "gpu.py", "reference": "reference.py"}
 HEAVY = ("scipy", "mlflow", "matplotlib", "pandas", "skimage", "triton", "torch._dynamo", "kernels._native")
 
 

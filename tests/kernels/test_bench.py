@@ -180,7 +180,7 @@ def test_memory_is_what_a_call_adds() -> None:
     def call(mib: int) -> torch.Tensor:
         return torch.ones(2 * mib << 18)[:1].clone()  # float32; one block, freed before the call returns
 
-    # A second block would take the room of the first or another hole of the heap: the C library's choice, not the meter's.
+    # a second block would take the room of the first or another hole of the heap, as the C library likes
     for mib in (8, 32, 8):  # what an earlier call has freed must count again
         found = bench._extra_mib(Contender("ours", lambda mib=mib: call(mib), ours=True))
         if found is None:
