@@ -1,0 +1,49 @@
+"""Stable Diffusion in the layout of diffusers with a few thousand random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+WORDS = ["a</w>", "chair</w>", "<|startoftext|>", "<|endoftext|>"]
+
+
+def write_stable_diffusion(folder: Path) -> str:
+    """Write one into the folder; returns its path as a name for `from_pretrained`."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")
+    diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+    ).save_pretrained(folder / "vae")
+    diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
+        folder / "scheduler"
+    )
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(WORDS), max_position_embeddings=8, eos_token_id=3, **shape))
+    text.save_pretrained(folder / "text_encoder")
+    words = folder / "tokenizer"
+    words.mkdir()
+    (words / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(WORDS)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    named = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 8, "unk_token": "<|endoftext|>"}
+    named |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (words / "tokenizer_config.json").write_text(json.dumps(named))
+    return str(folder)
