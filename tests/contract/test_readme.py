@@ -49,6 +49,25 @@ def test_the_speeds_are_the_measured_ones() -> None:
         assert values == tuple(float(f"{value:.2g}") for value in measured[key]), key
 
 
+def test_the_times_of_splatting_are_the_measured_ones() -> None:
+    found = {
+        (row["case"], "naive" if row["implementation"] == "naive torch" else row["threads"]): row
+        for row in committed("results/bench.json")["rows"]
+        if row["op"] == "splat" and row["implementation"] in ("ours avx2", "naive torch")
+    }
+    rows = table_rows("Gaussians")
+    assert {row[0] for row in rows} == {case for case, _ in found}
+    for case, *cells in rows:
+        naive = found.get((case, "naive"))
+        two = found[case, 2]
+        times = [found[case, 1]["wall_ms"], two["wall_ms"], naive["wall_ms"] if naive else None]
+        ratios = [two[name] for name in ("ratio", "ratio_low", "ratio_high")] if naive else []
+        rate = two["work"] / two["wall_ms"] / 1e3
+        wanted = [*[[] if time is None else [time] for time in times], ratios, [rate]]
+        printed = [[float(x) for x in re.findall(r"[\d.]+\d|\d+", cell.replace("..", " "))] for cell in cells]
+        assert printed == [[float(f"{value:.2g}") for value in values] for values in wanted], case
+
+
 def test_the_scoreboard_is_the_committed_one() -> None:
     claims = committed("scoreboard.json")["claims"]
     for paper, scale, *printed in table_rows("paper"):
