@@ -116,7 +116,7 @@ def rasterization(
         _pass_on_absgrad(items["means2d"], meta["means2d"])
 
     if sh_degree is None:
-        values = _items(torch.where(seen[..., None], colors, 0), ids)
+        values = _items(colors.expand(*sizes, colors.shape[-1]), ids)
     else:
         values = _items(_shaded(sh_degree, means, colors, viewmats, seen), ids)
     if "D" in render_mode:
