@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,9 @@ def object_scene(
     train = _spread(rig, views)
     rest = [index for index in range(len(rig)) if index not in train]
     test = [rest[int(place)] for place in torch.linspace(0, len(rest) - 1, tests).round()]
-    return _scene("object", seed, world, rig, train, test, lighting, points, noise, outliers)
+    shots = _photographed(world, rig, train, lighting), _photographed(world, rig, test, lighting)
+    cloud = surface_points(world, shots[0], points, seed=seed, noise=noise, outliers=outliers)
+    return _scene(f"object-{seed}", world, *shots, cloud)
 
 
 def facade_scene(
@@ -74,9 +76,10 @@ def facade_scene(
     Arguments as of `object_scene`. Training cameras stand on an arc, test cameras between them; the masks hold all
     that is not sky.
     """
-    rig = facade_rig(size, views, tests)
-    train, test = range(views), range(views, views + tests)
-    return _scene("facade", seed, facade_world(seed), rig, train, test, ALL_LAMPS, points, noise, outliers)
+    world, rig = facade_world(seed), facade_rig(size, views, tests)
+    shots = _photographed(world, rig, range(views)), _photographed(world, rig, range(views, views + tests))
+    cloud = surface_points(world, shots[0], points, seed=seed, noise=noise, outliers=outliers)
+    return _scene(f"facade-{seed}", world, *shots, cloud)
 
 
 def room_scene(
@@ -97,9 +100,10 @@ def room_scene(
     arc_deg  0..360: the part of the circle on which the training cameras stand; the test cameras stand all around.
              Of four training views, none sees 8 % of the test pixels' surface at 360 degrees, 22 % at 180, 35 % at 90
     """
-    rig = room_rig(size, views, tests, arc_deg)
-    train, test = range(views), range(views, views + tests)
-    return _scene("room", seed, room_world(seed), rig, train, test, ALL_LAMPS, points, noise, outliers)
+    world, rig = room_world(seed), room_rig(size, views, tests, arc_deg)
+    shots = _photographed(world, rig, range(views)), _photographed(world, rig, range(views, views + tests))
+    cloud = surface_points(world, shots[0], points, seed=seed, noise=noise, outliers=outliers)
+    return _scene(f"room-{seed}", world, *shots, cloud)
 
 
 def surface_points(
@@ -285,24 +289,15 @@ class _Draw:
         return vectors, 2 * math.pi * torch.rand(2, _WAVES, generator=self.generator, dtype=torch.float64)
 
 
-def _scene(
-    kind: str,
-    seed: int,
-    world: World,
-    rig: Sequence[Camera],
-    train: Sequence[int],
-    test: Sequence[int],
-    lighting: int,
-    points: int,
-    noise: float,
-    outliers: float,
-) -> Scene:
-    def render(indices: Sequence[int]) -> tuple[View, ...]:
-        return tuple(world.render(rig[index], f"cam_{index + 1:03d}", lighting=lighting) for index in indices)
+def _photographed(
+    world: World, rig: Sequence[Camera], which: Iterable[int], lighting: int = ALL_LAMPS
+) -> tuple[View, ...]:
+    """The views of some cameras of a rig, named by their number from 1."""
+    return tuple(world.render(rig[index], f"cam_{index + 1:03d}", lighting=lighting) for index in which)
 
-    seen = render(train)
-    cloud = surface_points(world, seen, points, seed=seed, noise=noise, outliers=outliers)
-    return Scene(f"{kind}-{seed}", seen, render(test), cloud, world.background, allow_single=len(seen) == 1)
+
+def _scene(name: str, world: World, train: tuple[View, ...], test: tuple[View, ...], points: PointCloud) -> Scene:
+    return Scene(name, train, test, points, world.background, allow_single=len(train) == 1)
 
 
 def _spread(rig: Sequence[Camera], count: int) -> list[int]:

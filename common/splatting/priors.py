@@ -20,10 +20,20 @@ from common.splatting.cameras import Camera
 from common.splatting.scene import View
 from common.splatting.stereo import sweep_depth
 
-__all__ = ["DepthPrior", "NetworkPrior", "StandIn", "point_depth", "stand_in", "stereo_depths"]
+__all__ = [
+    "DepthPrior",
+    "NetworkPrior",
+    "StandIn",
+    "point_depth",
+    "slow_field",
+    "smoothed",
+    "stand_in",
+    "stereo_depths",
+]
 
 RANGE = 1000.0  # of the disparities: MiDaS's run to about a thousand, and FSGS's constant of 200 is meant for that
 LOW_FREQUENCY = 4  # nodes along each side of the image of the errors' field
+MEDIAN = 5  # pixels a side of the window that smooths stereo
 MIXED_BANDS = (3, 0, 4, 1, 5, 2)  # for `shuffled`; no band stays where it was
 
 
@@ -119,9 +129,7 @@ def stand_in(
                 f"{int(known.sum())} known pixels; expected its size, and some."
             )
         disparity = torch.where(known, 1 / depth.clamp_min(1e-12), 0.0)
-        nodes = torch.randn(1, 1, LOW_FREQUENCY, LOW_FREQUENCY, generator=generator).to(depth)
-        field = F.interpolate(nodes, size=depth.shape, mode="bicubic", align_corners=True)[0, 0]
-        wrong = disparity + error * disparity[known].std() * field
+        wrong = disparity + error * disparity[known].std() * slow_field(depth.shape, generator, LOW_FREQUENCY).to(depth)
         wrong = wrong.clamp_min(0.2 * float(disparity[known].min()))  # stays in front of the camera
         points.append(view.camera.backproject(1 / wrong)[known])
         factor, shift = (torch.rand(2, generator=generator) * 0.5 + 0.25).tolist()
@@ -131,7 +139,20 @@ def stand_in(
 
 def stereo_depths(views: Sequence[View], near: float, far: float) -> list[Tensor]:
     """[H, W] for each view: its depth from plane-sweep stereo with the others, made smooth by medians of 5 x 5."""
-    return [_median(sweep_depth(views, index, near, far).depth) for index in range(len(views))]
+    return [smoothed(sweep_depth(views, index, near, far).depth) for index in range(len(views))]
+
+
+def smoothed(depth: Tensor) -> Tensor:
+    """[H, W] the median of the MEDIAN x MEDIAN pixels around each one; the rim is repeated around the map."""
+    padded = F.pad(depth[None, None], (MEDIAN // 2,) * 4, mode="replicate")
+    windows = F.unfold(padded, MEDIAN)[0]  # [MEDIAN^2, H W]
+    return windows.median(dim=0).values.reshape(depth.shape)
+
+
+def slow_field(shape: Sequence[int], generator: torch.Generator, nodes: int) -> Tensor:
+    """[H, W] a smooth random field: `nodes` x `nodes` normal numbers with bicubic interpolation between them."""
+    values = torch.randn(1, 1, nodes, nodes, generator=generator)
+    return F.interpolate(values, size=tuple(shape), mode="bicubic", align_corners=True)[0, 0]
 
 
 def point_depth(points: Tensor, camera: Camera, *, grow: int = 1) -> Tensor:
@@ -147,12 +168,6 @@ def point_depth(points: Tensor, camera: Camera, *, grow: int = 1) -> Tensor:
         around = -F.max_pool2d(-found[None, None], 3, 1, 1)[0, 0]
         found = torch.where(torch.isinf(found), around, found)
     return torch.where(torch.isinf(found), 0.0, found)
-
-
-def _median(depth: Tensor, side: int = 5) -> Tensor:
-    padded = F.pad(depth[None, None], (side // 2,) * 4, mode="replicate")
-    windows = F.unfold(padded, side)[0]  # [side^2, H W]
-    return windows.median(dim=0).values.reshape(depth.shape)
 
 
 def _covered(view: View) -> Tensor:

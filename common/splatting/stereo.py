@@ -1,8 +1,9 @@
-"""Dense points from a few posed views: plane-sweep stereo with semi-global smoothing, kept where views agree.
+"""Depth maps and dense points from a few posed views: plane-sweep stereo with semi-global smoothing.
 
 The published sparse-view baselines start from fused multi-view stereo, which COLMAP computes on CUDA alone. This is the
 classical counterpart for any machine: Collins' plane sweep (1996) with normalised cross-correlation, Hirschmueller's
-semi-global matching (2008), and a check of each depth against the depth maps of the other views.
+semi-global matching (2008). `sweep_depth` gives one view's depth map, every pixel filled, right or wrong; `plane_sweep`
+keeps, as points, what correlates and what the depth maps of other views agree on.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def plane_sweep(
 ) -> PointCloud:
     """Points on the surfaces that at least `agree` + 1 of the views see alike, with the views' colours and tracks.
 
-    views   two or more, training views only; close enough together that windows of pixels look alike: 10 to 20
-            degrees between neighbours work, 40 degrees give mostly nonsense
+    views   two or more, training views only; close enough together that windows of pixels look alike. Of the points of
+            generated scenes, nine in ten lie within 5 % of the true depth at 10 degrees between neighbours. On a flat
+            front that holds up to 45 degrees, with less than half the points; on objects, 7 to 9 in ten at 33 degrees
     near, far   depths between which to look, along the optical axes: see `depth_range`
     planes  depths tried, evenly spaced in 1 / depth; None: so many that neighbours lie a pixel apart in the views,
             16 to 192

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common import seeds
 from common.splatting import View
+from common.splatting.priors import slow_field, smoothed
 from common.splatting.stereo import sweep_depth
 from papers.lm_gaussian.method import Mono, normals_from_depth
 
@@ -100,19 +101,12 @@ def plane_sweep(views: Sequence[View], near: float, far: float) -> tuple[dict[st
     for index, view in enumerate(views):
         found = sweep_depth(views, index, near, far)
         stereo[view.name] = Stereo(found.depth, 1 + 20 * found.correlation.clamp_min(0))
-        smooth = _median(found.depth, 5)
+        smooth = smoothed(found.depth)
         mono[view.name] = Mono(smooth, normals_from_depth(view.camera, smooth))
     return stereo, mono
 
 
 def field(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """[H, W] a smooth random field of mean square about 1."""
-    knots = torch.randn(1, 1, FIELD, FIELD, generator=generator)
-    values = F.interpolate(knots, size=tuple(shape), mode="bicubic", align_corners=True)[0, 0]
+    values = slow_field(shape, generator, FIELD)
     return values / values.square().mean().sqrt()
-
-
-def _median(depth: Tensor, window: int) -> Tensor:
-    half = window // 2
-    padded = F.pad(depth[None, None], (half, half, half, half), mode="replicate")
-    return F.unfold(padded, window).reshape(window**2, *depth.shape).median(dim=0).values

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_diffusion import write_control_net, write_stable_diffusion
 
 from common.models import lora
 from common.models.diffusion import epsilon_loss, sdedit, train
@@ -16,52 +16,12 @@ from common.splatting import View, intrinsics, look_at
 
 pytestmark = pytest.mark.filterwarnings("default")  # other people's packages warn about themselves
 
-WORDS = ["a</w>", "yard</w>", "<|startoftext|>", "<|endoftext|>"]
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Folders of a Stable Diffusion and a ControlNet with a few thousand random weights."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
     root = tmp_path_factory.mktemp("weights")
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    unet.save_pretrained(root / "model/unet")
-    control = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 4, 4))
-    control.save_pretrained(root / "control")
-    coder = diffusers.AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=2,
-    )
-    coder.save_pretrained(root / "model/vae")
-    diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        root / "model/scheduler"
-    )
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(WORDS), max_position_embeddings=8, eos_token_id=3, **shape))
-    text.save_pretrained(root / "model/text_encoder")
-    folder = root / "model/tokenizer"
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(WORDS)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    named = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 8, "unk_token": "<|endoftext|>"}
-    named |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(named))
-    return str(root / "model"), str(root / "control")
+    model = write_stable_diffusion(root)
+    return model, write_control_net(root / "control", model)
 
 
 @pytest.fixture
@@ -74,7 +34,7 @@ def network(weights: tuple[str, str]):
 def test_stable_diffusion_repairs_in_latents(network):
     image = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        text, latents = network.encode_text("a yard"), network.encode(2 * image - 1)
+        text, latents = network.encode_text("a chair"), network.encode(2 * image - 1)
         assert latents.shape == (1, 4, 8, 16) and text.shape == (1, 8, 16)
         draw = torch.Generator().manual_seed(1)
         options = {"strength": 0.2, "steps": 50, "eta": 1.0}
@@ -92,7 +52,7 @@ def test_the_control_net_is_heard_and_can_be_silenced(network):
     for block in network.control.controlnet_down_blocks:  # they begin at zero
         torch.nn.init.normal_(block.weight)
     with torch.no_grad():
-        text = network.encode_text("a yard")
+        text = network.encode_text("a chair")
         plain = network.unet(x, t - 1, encoder_hidden_states=text).sample
         assert torch.allclose(network(x, t, text, image, 0.0), plain, atol=1e-6)
         assert not torch.allclose(network(x, t, text, image), plain, atol=1e-3)
@@ -104,14 +64,14 @@ def test_adapting_trains_low_rank_parts_of_all_three_networks_alone(network):
     for part in (network.unet, network.control, network.text):
         assert lora.state(part)
     image, latents = torch.rand(1, 3, 64, 64), torch.rand(1, 4, 8, 8)
-    before = network.encode_text("a yard").detach()
+    before = network.encode_text("a chair").detach()
 
     def loss(model, draw):
-        text = network.encode_text("a yard")
+        text = network.encode_text("a chair")
         return epsilon_loss(lambda x, t: model(x, t, text, image), latents, network.schedule, draw)
 
     train(network, loss, steps=3, learning_rate=1e-2, seed=0, parameters=trained)
-    assert not torch.equal(network.encode_text("a yard"), before)
+    assert not torch.equal(network.encode_text("a chair"), before)
 
 
 def test_missing_weights_are_named_with_the_way_out(tmp_path: Path, weights: tuple[str, str]):

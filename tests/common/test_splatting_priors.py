@@ -9,7 +9,7 @@ import torch
 from common.models.depth import MissingNetwork, load_depth_network
 from common.splatting.generated import object_rig, object_scene, object_world
 from common.splatting.losses import pearson
-from common.splatting.priors import NetworkPrior, StandIn, point_depth, stand_in, stereo_depths
+from common.splatting.priors import NetworkPrior, StandIn, point_depth, slow_field, smoothed, stand_in, stereo_depths
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,24 @@ def test_errors_are_slow_and_as_large_as_asked(scene):
         error = (b - line[0] * a - line[1]) * weight
         inside = (weight[:, 1:] * weight[:, :-1]) > 0
         assert (error[:, 1:] - error[:, :-1])[inside].abs().mean() < 0.2 * error[weight > 0].std()
+
+
+def test_a_slow_field_passes_through_its_nodes():
+    """Bicubic interpolation with aligned corners: the corners are the outer normal numbers themselves."""
+    field = slow_field((13, 17), torch.Generator().manual_seed(3), 4)
+    nodes = torch.randn(4, 4, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(field[::4][:, [0, 16]], nodes[:, [0, 3]], atol=1e-5, rtol=0)  # 12 / 3 = 4 rows apart
+    assert (field[1:] - field[:-1]).abs().max() < 0.6 * (nodes[1:] - nodes[:-1]).abs().max(), "slow"
+
+
+def test_medians_take_away_single_pixels_and_keep_edges():
+    depth = torch.ones(9, 12)
+    depth[:, 6:] = 2.0
+    wrong = depth.clone()
+    wrong[4, 3], wrong[0, 0] = 50.0, 50.0
+    assert torch.equal(smoothed(wrong), depth)
+    by_hand = torch.rand(9, 12, generator=torch.Generator().manual_seed(0))
+    assert float(smoothed(by_hand)[4, 5]) == float(by_hand[2:7, 3:8].median())
 
 
 def test_other_cameras_are_told_what_the_points_say(scene):

@@ -1,4 +1,4 @@
-"""Stable Diffusion in the layout of diffusers with a few thousand random weights."""
+"""Stable Diffusion and a ControlNet in the layout of diffusers with a few thousand random weights."""
 
 from __future__ import annotations
 
@@ -46,4 +46,13 @@ def write_stable_diffusion(folder: Path) -> str:
     named = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 8, "unk_token": "<|endoftext|>"}
     named |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (words / "tokenizer_config.json").write_text(json.dumps(named))
+    return str(folder)
+
+
+def write_control_net(folder: Path, model: str) -> str:
+    """Write a ControlNet for the Stable Diffusion in `model` into the folder; returns its path likewise."""
+    import diffusers
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 4, 4)).save_pretrained(folder)
     return str(folder)
