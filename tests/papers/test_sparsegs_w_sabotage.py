@@ -66,7 +66,7 @@ def unseeded(values: dict[str, float], metric: str) -> dict:
 
 
 def exact(**replaced: Any) -> dict:
-    with mock.patch.multiple(method, **replaced):
+    with mock.patch.dict(vars(method), replaced):
         return unseeded(evaluation.exact_checks(), "error")
 
 
@@ -111,6 +111,7 @@ def weak(least: int) -> dict:
     return {"weak": {"": seeded(found)}}  # pyright: ignore[reportArgumentType]
 
 
+@cache
 def quality(metric: str, change: Callable[[data.Case], data.Case] = lambda one: one) -> dict:
     return by_seed([evaluation.input_quality(change(case(seed)))[metric] for seed in SEEDS], metric)
 
@@ -254,22 +255,28 @@ def random_lpips() -> Lpips:
     return Lpips("alex", features, heads)
 
 
-def arms(metric: str = "psnr", **sabotaged: float) -> dict:
-    """The metric of every arm at the shares `LEFT`, some of them replaced."""
+@cache
+def value(metric: str, left: float, seed: int) -> float:
+    """The metric of a picture that is the truth plus a share of noise."""
     truth = case(0).scene.test[0].image.movedim(-1, 0)
     measure = {
         "psnr": lambda a, b: psnr(a.flatten()[None], b.flatten()[None], data_range=1.0),
         "gmsd": gmsd,
         "lpips": lambda a, b: random_lpips()(a, b),
         "ghost": F.l1_loss,
-    }[metric.removeprefix("fern_")]
-    left = LEFT | sabotaged
-    return {metric: {arm: seeded([float(measure(bad(truth, left[arm], s), truth)) for s in SEEDS]) for arm in left}}
+    }[metric]
+    return float(measure(bad(truth, left, seed), truth))
 
 
-def turned(metric: str = "psnr", **sabotaged: str) -> Callable[[], tuple[dict, dict]]:
-    """An arm's picture becomes that of another arm."""
-    return lambda: (arms(metric), arms(metric, **{arm: LEFT[other] for arm, other in sabotaged.items()}))
+def turned(other: str, metric: str = "psnr", prefix: str = "") -> Callable[[], tuple[dict, dict]]:
+    """The claim compares the whole method with an arm; the sabotage makes it that arm."""
+
+    def arms(full: float) -> dict:
+        rows = {"full": full, other: LEFT[other]}
+        found = {arm: seeded([value(metric, left, seed) for seed in SEEDS]) for arm, left in rows.items()}
+        return {f"{prefix}{metric}": found}
+
+    return lambda: (arms(LEFT["full"]), arms(LEFT[other]))
 
 
 WITHOUT = {
@@ -283,24 +290,24 @@ WITHOUT = {
 
 SABOTAGE: dict[str, Callable[[], tuple[dict, dict]]] = {
     # the authors' claims: the sabotage makes the whole method what it would be without the part
-    **{name: turned(full=arm) for name, arm in WITHOUT.items()},
-    **{f"{name}-small": turned(full=arm) for name, arm in WITHOUT.items()},
-    "cnve-helps-lpips": turned("lpips", full="no_cnve"),
-    "cnve-helps-gmsd-small": turned("gmsd", full="no_cnve"),
-    "oh-removes-transients": turned("ghost", full="no_oh"),
+    **{name: turned(arm) for name, arm in WITHOUT.items()},
+    **{f"{name}-small": turned(arm) for name, arm in WITHOUT.items()},
+    "cnve-helps-lpips": turned("no_cnve", "lpips"),
+    "cnve-helps-gmsd-small": turned("no_cnve", "gmsd"),
+    "oh-removes-transients": turned("no_oh", "ghost"),
     # where the gain comes from
-    "adain-over-affine": turned(full="affine"),
-    "painting-helps": turned(full="no_inpaint"),
-    "constraint-helps": turned(full="unconstrained"),
+    "adain-over-affine": turned("affine"),
+    "painting-helps": turned("no_inpaint"),
+    "constraint-helps": turned("unconstrained"),
     "painted-over-smoothly-filled": lambda: (painted(0.3), painted(1.2)),
     "painted-over-photograph": lambda: (painted(0.3), not_painted()),
     "repair-improves-virtual-views": lambda: (virtual(0.5), virtual(-0.3)),
     "appearance-control": lambda: (control(), control(no_style)),
     "appearance-control-matched": lambda: (control(), control(flat=True)),
     # controls: a leak would make the stand-in as good as the truth, or the right answer as good as a wrong one
-    "repair-is-not-the-truth": turned(full="oracle"),
-    "shuffled-repair-loses": turned(full="shuffled"),
-    "perfect-masks-help": turned(full="perfect_masks"),
+    "repair-is-not-the-truth": turned("oracle"),
+    "shuffled-repair-loses": turned("shuffled"),
+    "perfect-masks-help": turned("perfect_masks"),
     "prior-repairs-other-scenes": lambda: (prior_error(0.5), prior_error(-0.3)),
     "prior-repairs-other-scenes-gently": lambda: (prior_error(0.5), prior_error(-0.3)),
     # the parts
@@ -318,10 +325,10 @@ SABOTAGE: dict[str, Callable[[], tuple[dict, dict]]] = {
     "strength-falls": lambda: (schedule(), schedule(strength_last=0.6)),
     "one-shot-repairs-as-many": lambda: (schedule(), one_shot_without_the_rounds()),
     # real photographs
-    "fern-over-raw": turned("fern_psnr", full="raw"),
-    "fern-cnve-helps": turned("fern_psnr", full="no_cnve"),
-    "fern-oh-removes-transients": turned("fern_ghost", full="no_oh"),
-    "fern-adain-helps": turned("fern_psnr", full="no_adain"),
+    "fern-over-raw": turned("raw", "psnr", "fern_"),
+    "fern-cnve-helps": turned("no_cnve", "psnr", "fern_"),
+    "fern-oh-removes-transients": turned("no_oh", "ghost", "fern_"),
+    "fern-adain-helps": turned("no_adain", "psnr", "fern_"),
 }
 
 
