@@ -177,6 +177,7 @@ def test_wrong_input_is_refused() -> None:
         window_mean(photo.half())
 
 
+@pytest.mark.skipif(bool(info()["sanitized"]), reason="the sanitizers need memory of their own")
 def test_memory_does_not_grow_with_the_image_but_for_the_gradient() -> None:
     """In a process of its own: what 12 megapixels add is the gradient (137 MiB), not maps beside it."""
     code = """
