@@ -56,18 +56,26 @@ class Corrector(nn.Module):
 
 
 def correction_loss(
-    model: Corrector, bad: Tensor, good: Tensor, generator: torch.Generator, *, latest: int | None = None
+    model: Corrector,
+    bad: Tensor,
+    good: Tensor,
+    generator: torch.Generator,
+    *,
+    latest: int | None = None,
+    trust: float = 1.0,
 ) -> Tensor:
-    """Mean |x_0 - good| of pictures [B, 3, H, W], at a uniform time from 1 to `latest` (None: the last) for each.
+    """Mean (x_0 - good)^2 of pictures [B, 3, H, W], at a uniform time from 1 to `latest` (None: the last) for each.
 
-    What is noised lies anywhere on the way from bad to good: SDEdit begins with the bad picture, and every step of it
-    brings the state nearer to the good one.
+    What is noised lies on the way from bad to good, anywhere up to a share `trust` of it. SDEdit begins with the bad
+    picture, and what its later states hold beyond that is the model's own guess, not the truth. A model that has been
+    shown the truth (trust 1, plain diffusion) takes its guesses for it and draws ever sharper ones; at 0 it looks at
+    its condition alone and stays at the mean of what could be there.
     """
     schedule, at = model.schedule, {"generator": generator, "device": good.device}
     t = torch.randint(1, (latest or schedule.steps) + 1, (len(good),), **at)
-    way = torch.rand(len(good), 1, 1, 1, **at)
+    way = trust * torch.rand(len(good), 1, 1, 1, **at)
     state = schedule.noised(torch.lerp(bad, good, way), torch.randn(good.shape, **at), t)
-    return F.l1_loss(model.picture(state, t, bad), good)
+    return F.mse_loss(model.picture(state, t, bad), good)
 
 
 def train_corrector(
@@ -80,6 +88,7 @@ def train_corrector(
     learning_rate: float,
     seed: int,
     latest: int | None = None,
+    trust: float = 1.0,
     spoil: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     device: str = "cpu",
     progress: Callable[..., Any] | None = None,
@@ -87,7 +96,7 @@ def train_corrector(
     """A `Corrector` trained on random crops of pairs, with averaged weights.
 
     batch, size  crops a step and their side, a multiple of the network's
-    latest       see `correction_loss`
+    latest, trust   see `correction_loss`
     spoil        (bad pictures [B, 3, H, W] in -1..1, generator) -> worse ones, for instance with holes
     progress     see `diffusion.train`
     """
@@ -98,7 +107,7 @@ def train_corrector(
         assert isinstance(network, Corrector)
         bad, good = crops(draw)
         worse = bad if spoil is None else spoil(bad, draw)
-        return correction_loss(network, worse, good, draw, latest=latest)
+        return correction_loss(network, worse, good, draw, latest=latest, trust=trust)
 
     model = Corrector(Schedule.cosine(), width=width).to(device)
     return train(model, loss, steps=steps, learning_rate=learning_rate, seed=seed, ema=AVERAGE, progress=progress)

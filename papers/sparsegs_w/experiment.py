@@ -38,6 +38,7 @@ class Arm:
     inpaint      masked pixels are painted over and compared too; without it they are free
     appearance   AdaIN towards the reference, an affine map of colours learnt for each photograph, or nothing
     novel        who repairs virtual views; none: there are none
+    restyle      AdaIN towards the reference also while they are repaired
     progressive  near views first, with falling strength; False: all at once
     """
 
@@ -46,6 +47,7 @@ class Arm:
     inpaint: bool = True
     appearance: Appearance = "adain"
     novel: Novel = "cnve"
+    restyle: bool = True
     progressive: bool = True
 
 
@@ -59,6 +61,7 @@ ARMS = {
     "affine": Arm("affine, not AdaIN", appearance="affine"),
     "affine_alone": Arm("affine + masks alone", inpaint=False, appearance="affine", novel="none"),
     "no_inpaint": Arm("masks alone", inpaint=False),
+    "plain_repair": Arm("repair without AdaIN", restyle=False),
     "unconstrained": Arm("no constraint", novel="unconstrained"),
     "perfect_masks": Arm("perfect masks", masks="perfect"),
     "shuffled": Arm("shuffled repair", novel="shuffled"),
@@ -167,7 +170,7 @@ def enhancer(case: Case, arm: Arm, plan: method.Rounds, given: Inputs, model: Me
         return lambda drawn, cameras, turn: case.truth(cameras)
     assert model is not None
     name = case.reference.name
-    reference = given.clean.get(name, given.views[0].image) if arm.appearance == "adain" else None
+    reference = given.clean.get(name, given.views[0].image) if arm.appearance == "adain" and arm.restyle else None
 
     def repair(drawn: Tensor, cameras: list[Camera], turn: int) -> Tensor:
         options = {"strength": plan.strength(turn), "constrained": arm.novel != "unconstrained"}
@@ -244,13 +247,13 @@ def settings(params: Params, seed: int) -> TrainSettings:
 class _Diary:
     """Of every round: `turn`, and one view `drawn`, `repaired` and, where it is known, its `truth`.
 
-    For the whole method with and without the constraint, in a generated scene, also the mean PSNR of the round's
+    For the whole method with and without AdaIN in repair, in a generated scene, also the mean PSNR of the round's
     views, `drawn_psnr` and `repaired_psnr`.
     """
 
     def __init__(self, case: Case, arm: Arm):
         self.case, self.pages = case, []
-        self.measured = case.world is not None and arm in (ARMS["full"], ARMS["unconstrained"])
+        self.measured = case.world is not None and arm in (ARMS["full"], ARMS["plain_repair"])
 
     def note(self, turn: int, cameras: list[Camera], drawn: Tensor, repaired: Tensor) -> None:
         page: dict[str, Any] = {"turn": turn, "drawn": drawn[0].cpu(), "repaired": repaired[0].cpu()}

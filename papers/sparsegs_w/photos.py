@@ -18,7 +18,7 @@ COUNT = (2, 3)  # people in a photograph, fewest and most
 HEIGHT = (0.45, 0.8)  # of a person, as a share of the image's
 TOUCHED = 0.05  # a pixel belongs to a person from this opacity on
 # of detected masks: how often the legs of a person are missed, how ragged the outlines are, radius of a false patch
-MISSED, LEGS, RAGGED, FALSE_PATCH = 0.25, 0.3, 0.35, 0.08
+MISSED, LEGS, RAGGED, FALSE_PATCH = 0.25, 0.3, 0.35, 0.06
 # of light and cameras: spread of the logarithms of brightness, of each channel's factor and of gamma; of the offset
 BRIGHTNESS, TINT, GAMMA, OFFSET = 0.3, 0.12, 0.25, 0.05
 

@@ -21,10 +21,11 @@ from papers.sparsegs_w import data, method, photos
 from papers.sparsegs_w.settings import Params
 
 PRIOR_SEED = 0  # one diffusion model serves all seeds, as there is one Stable Diffusion
-FITTED = (0.05, 0.6)  # of a run's steps: how long the bad pictures' Gaussians are fitted
+FITTED = (0.2, 1.0)  # of a run's steps: how long the bad pictures' Gaussians are fitted
 MARGIN = 1.1  # times the first round's strength: the latest time the small model is trained for
+TRUST = 0.25  # see `corrector.correction_loss`
 TOGETHER = 8  # pictures repaired at once
-HOLES, HOLE = 0.5, (0.15, 0.4)  # share of training crops with a hole, its half axes as shares of the crop
+HOLES, HOLE = 0.3, (0.15, 0.4)  # share of training crops with a hole, its half axes as shares of the crop
 
 
 class Space(Protocol):
@@ -132,10 +133,10 @@ def mender(params: Params, prior: Mapping[str, Any] | None, seed: int) -> Mender
 
 @seeds.one_thread()
 def bad_pictures(params: Params, number: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of a bad and a good picture [3, H, W] of views that nobody photographed, of one practice scene.
+    """Pairs of a bad and a good picture [3, H, W] of one practice scene, seen by virtual cameras as CNVE's are.
 
-    Bad is the render of Gaussians fitted for a while to five photographs with people masked, from points with errors:
-    what CNVE is shown. Both are brought to another light, for each scene a new one.
+    Bad is the render of Gaussians fitted for a while to five photographs with people masked, from points with errors.
+    Both are brought to another light, for each scene a new one.
     """
     case, draw = data.practice(params, number), seeds.generator(PRIOR_SEED, "bad pictures", number)
     views, masks = case.scene.train, case.true_masks or {}
@@ -158,11 +159,12 @@ def bad_pictures(params: Params, number: int) -> list[tuple[Tensor, Tensor]]:
     result = fit(
         case.scene, settings, model=Gaussians.from_points(points, sh_degree=0), weights=weights, progress=False
     )
+    cameras = method.virtual_cameras(views, method.FARTHEST, params.tests, draw)
     light, pairs = photos.light(draw), []
-    for view in case.scene.test:
+    for camera, truth in zip(cameras, case.truth(cameras), strict=True):
         with torch.no_grad():
-            drawn = result.model.render(view.camera, background=result.background).image.clamp(0, 1)
-        pairs.append((light(drawn).movedim(-1, 0), light(view.image).movedim(-1, 0)))
+            drawn = result.model.render(camera, background=result.background).image.clamp(0, 1)
+        pairs.append((light(drawn).movedim(-1, 0), light(truth).movedim(-1, 0)))
     return pairs
 
 
@@ -184,6 +186,7 @@ def train(
         learning_rate=params.prior_rate,
         seed=PRIOR_SEED,
         latest=min(1000, round(1000 * MARGIN * max(params.strength_first, params.clean_strength))),
+        trust=TRUST,
         spoil=holes,
         device=params.device,
         progress=progress,
@@ -202,7 +205,7 @@ def train(
 
 
 def holes(bad: Tensor, draw: torch.Generator) -> Tensor:
-    """Half of the crops [B, C, s, s] get an elliptic hole that is filled from around it, as OH will show them."""
+    """Some of the crops [B, C, s, s] get an elliptic hole that is filled from around it, as OH will show them."""
     side = bad.shape[-1]
     rows, columns = (axis.to(bad) for axis in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
     chance, row, column, high, wide = torch.rand(5, len(bad), 1, 1, generator=draw, device=draw.device).to(bad)

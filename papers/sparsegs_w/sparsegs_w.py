@@ -100,6 +100,7 @@ from common import params as parameters
 from common import plots
 from common.record import Record
 from common.splatting.model import Gaussians
+from common.splatting.virtual import point_image
 from papers.sparsegs_w import data, evaluation, experiment, figures, method
 from papers.sparsegs_w import prior as priors_
 from papers.sparsegs_w.settings import Params
@@ -161,12 +162,10 @@ arms = {"with the people": experiment.ARMS["raw"], "masked": bare}
 rows = {}
 for title, arm in arms.items():
     cloud = experiment.start(params, case, experiment.inputs(case, arm, None), seed)
-    with torch.no_grad():
-        model = Gaussians.from_points(cloud, sh_degree=0, initial_opacity=0.9)
-        rows[title] = [experiment.picture(model, view.camera) for view in case.scene.test[:4]]
+    rows[title] = [point_image(cloud, view.camera).image for view in case.scene.test[:4]]
 rows["test view"] = [view.image for view in case.scene.test[:4]]
 fig = figures.gallery(rows)
-record.figure("start", fig, "The points before training, from test views: with the people, and without them.")
+record.figure("start", fig, "Points before training, from test views, before white: with the people, and without.")
 
 # %% [markdown]
 # ## 3. Occlusion handling (OH)
@@ -300,9 +299,7 @@ for s, one in cases.items() if known and clean else ():
 
 # %%
 models = {arm: Gaussians(**results[arm, seed]["model"]) for arm in params.arms}
-columns = [
-    arm for arm in ("raw", "no_oh", "no_adain", "affine", "no_cnve", "one_shot", "full", "oracle") if arm in models
-]
+columns = [arm for arm in ("raw", "no_oh", "no_adain", "affine_alone", "no_cnve", "full", "oracle") if arm in models]
 rows = {}
 for number, view in enumerate(case.scene.test[:3]):
     images = [experiment.picture(models[a], view.camera, results[a, seed]["colour"]) for a in columns]
