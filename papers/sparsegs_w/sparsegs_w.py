@@ -202,8 +202,9 @@ for check, error in evaluation.exact_checks().items():
 # %% [markdown]
 # Stable Diffusion is not at hand at `smoke` and `laptop`. Its stand-in is a small conditional diffusion model that
 # predicts *condition plus correction*, so that an untrained one changes nothing; it has learnt from bad renders of
-# other scenes, rooms and other facades. **A small prior can do harm.** So its error on a scene kept aside stands here,
-# before and after repair: unless "after" is lower, CNVE has nothing to give, and the arms below will say so.
+# other scenes, rooms and other facades. **A small prior can do harm**: one that believes its own guesses, as diffusion
+# does, did. So this one looks at its condition alone, and the strength hardly matters to it. Its error on a scene kept
+# aside stands here: unless "after" is lower than "before", CNVE has nothing to give, and the arms below will say so.
 
 # %%
 prior = None
@@ -241,7 +242,7 @@ for metric, values in evaluation.schedule(params).items():
     for variant, value in values.items():
         record.metric(metric, value, variant=variant)
 plan = experiment.rounds(params, experiment.ARMS["full"])
-fig, ax = plt.subplots(figsize=(5.2, 3.6))
+fig, ax = plt.subplots(figsize=(7.5, 2.6))
 centers = torch.stack([view.camera.center for view in case.scene.train]).cpu()
 draw = torch.Generator(case.reference.image.device).manual_seed(0)
 for turn in range(plan.count):
@@ -251,7 +252,7 @@ for turn in range(plan.count):
     ax.plot(place[:, 0], place[:, 1], ".", color=shade, label=f"round {turn + 1}, s = {plan.strength(turn):.2g}")
 ax.plot(centers[:, 0], centers[:, 1], "ks", label="photographs")
 ax.set(xlabel="x", ylabel="y", title="virtual cameras from above", aspect="equal")
-ax.legend(fontsize="small")
+ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.05))
 record.figure(
     "cameras", fig, "Photographs and virtual cameras from above: every round goes further from the photographs."
 )
@@ -417,7 +418,7 @@ else:
 # ## 11. Verdicts
 #
 # *Not tested* names what a claim would need; *refuted* is a result. Remember the scale: 96 x 72 pixels, a stereo
-# "network" that is the truth with noise, a diffusion model of two million weights. Orders may carry over.
+# "network" that is the truth with noise, a diffusion model of one million weights. Orders may carry over.
 
 # %%
 record.close()
