@@ -70,7 +70,7 @@ class EpipolarTransformer(nn.Module):
         self.samples, self.channels = samples, width + COLORS
         self.pixels = nn.Conv2d(COLORS, pixels, KERNEL, padding=KERNEL // 2)
         lines = 2 * harmonic_size(6)  # the query's ray and the photograph's
-        self.enter = nn.Linear(pixels + COLORS + 1 + lines + harmonic_size(1), width)
+        self.enter = nn.Linear(pixels + COLORS + 1 + 2 * COLORS + lines + harmonic_size(1), width)
         self.over_views, self.along_ray, self.over_views_again = (_encoder(width, layers) for _ in range(3))
         self.depth_weight, self.view_weight = nn.Linear(width, 1), nn.Linear(width, 1)
         self.color = nn.Linear(width, COLORS)
@@ -90,7 +90,8 @@ class EpipolarTransformer(nn.Module):
         lines = self._lines(relative, points, directions)
         depth = harmonic((t - middle.norm(dim=-1, keepdim=True))[..., None])[:, :, :, None]
         depth = depth.expand(*seen.shape[:-1], -1)
-        tokens = self.enter(torch.cat([features, colors, seen, lines, depth], dim=-1))  # [B, R, D, V, C]
+        agreement = agreeing(colors, seen).expand(*seen.shape[:-1], -1)
+        tokens = self.enter(torch.cat([features, colors, seen, agreement, lines, depth], dim=-1))  # [B, R, D, V, C]
 
         b, r, d, v, c = tokens.shape
         tokens = self.over_views(tokens.reshape(b * r * d, v, c)).reshape(b, r, d, v, c)
@@ -139,6 +140,16 @@ class EpipolarTransformer(nn.Module):
         theirs = plucker(centers[:, None, None].expand_as(towards), towards)
         ours = plucker(torch.zeros_like(directions), directions)[:, :, None, None].expand_as(theirs)
         return harmonic(torch.cat([ours, theirs], dim=-1))
+
+
+def agreeing(colors: Tensor, seen: Tensor) -> Tensor:
+    """[..., 1, 6] mean and variance over the photographs of picked colours [..., V, 3], where `seen` [..., V, 1].
+
+    A surface looks alike to all. Attention could find that out; told so, it learns in minutes [guess, as IBRNet does].
+    """
+    share = seen / seen.sum(dim=-2, keepdim=True).clamp_min(1)
+    mean = (share * colors).sum(dim=-2, keepdim=True)
+    return torch.cat([mean, (share * (colors - mean).square()).sum(dim=-2, keepdim=True)], dim=-1)
 
 
 def plucker(origins: Tensor, directions: Tensor) -> Tensor:

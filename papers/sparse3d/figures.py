@@ -64,7 +64,7 @@ def bars(ax: Axes, values: Mapping[str, Sequence[float]]) -> None:
         ax.barh(place, statistics.fmean(found), xerr=error, color=color, alpha=0.75, capsize=3)
         ax.plot(found, [place] * len(found), "k.", markersize=4)
     ax.set_yticks(range(len(values)), list(values))
-    ax.invert_yaxis()
+    ax.set_ylim(len(values) - 0.5, -0.5)  # the first on top, also where several axes share it
     everything = [x for found in values.values() for x in found]
     low, high = min(everything), max(everything)
     margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0

@@ -154,19 +154,19 @@ def test_pytorch3ds_cameras_put_points_where_pytorch3d_does():
 
 
 def test_views_are_squares_around_the_object_in_front_of_white(root: Path):
-    found = co3d.views(root, "toy", "seq_a", SIZE, 4)
+    found = co3d.views(root, "toy", "seq_a", 14, 4)
     assert [view.name for view in found] == ["seq_a/0", "seq_a/2", "seq_a/5", "seq_a/7"]
     for view in found:
-        assert view.image.shape == (SIZE, SIZE, 3) and view.mask is not None
-        torch.testing.assert_close(view.image[8, 8], torch.tensor([220 / 255, 0, 0]))
+        assert view.image.shape == (14, 14, 3) and view.mask is not None
+        torch.testing.assert_close(view.image[7, 7], torch.tensor([220 / 255, 0, 0]))
         torch.testing.assert_close(view.image[0, 0], torch.ones(3))
-        assert float(view.mask.mean()) == pytest.approx((12 / 14) ** 2, abs=0.02)  # 12 pixels in a square of 14
+        assert float(view.mask.mean()) == pytest.approx((12 / 14) ** 2)  # 12 pixels in a square of 14
 
 
 def test_the_world_is_moved_so_that_the_object_fills_the_unit_ball(root: Path):
-    for view in co3d.views(root, "toy", "seq_a", SIZE, 8):
+    for view in co3d.views(root, "toy", "seq_a", 14, 8):
         pixel, depth = view.camera.project(torch.zeros(3))
-        torch.testing.assert_close(pixel, torch.full((2,), SIZE / 2), atol=1e-2, rtol=0)
+        torch.testing.assert_close(pixel, torch.full((2,), 7.0), atol=1e-2, rtol=0)
         assert view.mask is not None
         # half a side of the mask at the object's distance is 1 / BALL
         half = view.mask.sum().sqrt() / 2 / view.camera.K[0, 0] * depth

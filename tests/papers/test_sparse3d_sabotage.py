@@ -95,14 +95,13 @@ class Knows:
 
 
 def prior_errors(*, base: bool = True, heeds: bool = True, learnt: bool = True) -> dict:
-    """The base sees the mean of all pictures; the controller sees what it is shown, the truth up to little noise."""
+    """The base sees a noisy picture; the controller sees what it is shown, the truth up to little noise."""
     found = []
     for seed in SEEDS:
         truth = case(seed).truth.movedim(-1, 1)
-        mean = torch.full_like(truth, float(truth.mean()))
-        right, wrong = bad(truth, 0.1, seed), bad(truth, 0.4, seed)
-        maps, others = (right if learnt else mean), (wrong if heeds else right)
-        found.append(evaluation.prior_quality(Knows(mean if base else None), case(seed), maps, others, seed))
+        known, right, wrong = (bad(truth, left, seed) for left in (0.2, 0.1, 0.3))
+        maps, others = (right if learnt else known), (wrong if heeds else right)
+        found.append(evaluation.prior_quality(Knows(known if base else None), case(seed), maps, others, seed))
     return {"prior_error": {name: seeded([one[name] for one in found]) for name in found[0]}}
 
 
