@@ -91,7 +91,8 @@ def detected(crowd: Sequence[Person], height: int, width: int, draw: torch.Gener
             alpha[round(last - LEGS * (last - first)) :] = 0
         found = torch.maximum(found, alpha)
     soft = F.avg_pool2d(found[None, None], 5, 1, 2, count_include_pad=False)[0, 0]
-    mask = soft + RAGGED * smooth_field((height, width), draw, knots=9) * (soft > 0.02) > 0.5
+    ragged = RAGGED * smooth_field((height, width), draw, knots=9).clamp(-1.2, 1.2)  # too little to open holes inside
+    mask = soft + ragged * (soft > 0.02) > 0.5
     row, column = torch.rand(2, generator=draw).tolist()
     rows, columns = _grid(height, width)
     mask |= (rows - row * height).square() + (columns - column * width).square() < (FALSE_PATCH * width) ** 2
