@@ -16,12 +16,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from known_quality import bad, random_lpips
 from torch import Tensor, nn
 
 from common import claims
 from common import params as parameters
 from common.metrics.image import psnr
-from common.metrics.perceptual import Lpips, gmsd
+from common.metrics.perceptual import gmsd
 from common.models.diffusion import Schedule
 from common.paths import root
 from common.splatting.model import Rendering
@@ -114,23 +115,6 @@ def transformer(left: float) -> dict:
 
 
 # --------------------------------------------------------------------------- scored and judged at a known quality
-
-
-def bad(picture: Tensor, left: float, seed: int) -> Tensor:
-    """The picture plus a share of noise, a little different for each seed."""
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(seed))
-    return (picture + (left + 0.005 * seed) * 0.3 * noise).clamp(0, 1)
-
-
-@cache
-def random_lpips() -> Lpips:
-    """LPIPS's formula with random weights: it still grows with the noise."""
-    import torchvision
-
-    torch.manual_seed(0)
-    features = torchvision.models.alexnet(weights=None).features
-    heads = [torch.rand(1, channels, 1, 1) for channels in (64, 192, 384, 256, 256)]
-    return Lpips("alex", features, heads)
 
 
 @cache
