@@ -19,6 +19,7 @@ run         one training: (arm, set, views, seed)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -121,6 +122,9 @@ def settings(
 ) -> TrainSettings:
     """3DGS as FSGS, CoR-GS and DropGaussian run it on few views [code]: densify from 500 to the end at 5e-4.
 
+    None is removed for its size, as in their code: cameras that face forward are close to each other, and most of what
+    they see is larger than a tenth of their extent, 3DGS's limit once opacities have been reset.
+
     most    the largest number of Gaussians; the authors have no limit
     reset   whether opacities are reset every 3,000 steps. A short schedule leaves Adam no time to bring them back
     """
@@ -130,6 +134,7 @@ def settings(
         until=iterations,
         every=scaled(100, iterations),
         reset_every=scaled(3_000, iterations) if reset else iterations,
+        prune_scale3d=math.inf,
         most=most,
     )
     return TrainSettings(

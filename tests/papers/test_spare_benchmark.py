@@ -17,6 +17,7 @@ from common.metrics.perceptual import gmsd
 from common.splatting import PointCloud, Scene, splits
 from common.splatting.generated import object_scene
 from common.splatting.model import Gaussians
+from common.splatting.population import Population
 from common.splatting.priors import stand_in
 from common.splatting.training import Trainer, TrainSettings, fit
 from papers.spare_benchmark import data, method
@@ -124,6 +125,19 @@ def test_schedules_shrink_by_one_factor():
     assert (full.first, full.every, full.until, full.reset_every, full.grow_grad2d) == (500, 100, 10_000, 3_000, 5e-4)
     short = method.settings(400, 0, most=10**6, reset=False).strategy
     assert (short.first, short.every, short.until, short.reset_every) == (20, 4, 400, 400)
+
+
+def test_large_gaussians_survive_an_opacity_reset():
+    found = scene()
+    assert found.points is not None
+    model = Gaussians.from_points(found.points, sh_degree=0)
+    population = Population(model, found.extent)
+    large = model.log_scales.detach().clone()
+    large[:5] = math.log(10 * found.extent)
+    population.assign("log_scales", large)
+    strategy = method.settings(10_000, 0, most=10**6, reset=True).strategy
+    strategy.after_update(3_100, population, torch.Generator())
+    assert len(population) == len(large)
 
 
 def test_pseudo_cameras_stand_between_neighbours():

@@ -174,8 +174,8 @@ def cost(ratio: float) -> dict:
     return {"seconds": found}
 
 
-def minutes(value: float) -> dict:
-    return {"minutes": {"3dgs/fern-504": {"all": value}}}
+def timed(metric: str, value: float) -> dict:
+    return {metric: {"3dgs/fern-504": {"all": value}}}
 
 
 def at_quality(metric: str, at: str, wanted: float, louder: float = 1.0) -> dict:
@@ -248,7 +248,9 @@ SABOTAGE: dict[str, Callable[[], tuple[dict, dict]]] = {
         table("generated/3", "psnr_m", fsgs_exact=0.08),
     ),
     "corgs-takes-twice-as-long": lambda: (cost(2.4), cost(1.0)),
-    "full-size-in-twelve-minutes": lambda: (minutes(10.0), minutes(14.0)),
+    "full-size-in-twelve-minutes": lambda: (timed("minutes", 10.0), timed("minutes", 14.0)),
+    # below: what it was while Gaussians larger than a tenth of the cameras' extent were removed after a reset
+    "full-size-is-a-reconstruction": lambda: (timed("psnr_full_size", 22.0), timed("psnr_full_size", 9.67)),
 }
 for claim_, (one_, other_) in ORDERS.items():
     SABOTAGE |= order(claim_, one_, other_)
