@@ -94,9 +94,9 @@ public:
                 if (r >= first && r < end) sums[2 * r] = found.ssim, sums[2 * r + 1] = found.l1;
             }
             if (gradient && r - kHalf >= first && r - kHalf < end) {
-                const int64_t q = r - kHalf;
+                const int64_t q = r - kHalf; // the oldest row of render and photograph that their rings still hold
                 ops.gradient(row_, by_mean_.around(q, height).data(), by_square_.around(q, height).data(),
-                             by_product_.around(q, height).data(), source(q), target(q), l1, dssim, scratch_.data(), out_.data());
+                             by_product_.around(q, height).data(), x_.at(q), y_.at(q), l1, dssim, scratch_.data(), out_.data());
                 std::memcpy(gradient + q * row_.length, out_.data(), row_.length * sizeof(float));
             }
         }
@@ -111,10 +111,6 @@ private:
         return ops.compare(row_, x_.around(r, size_.height).data(), y_.around(r, size_.height).data(), mean_.data(), variance_.data(),
                            weight_.data(), scratch_.data(), {by_mean_.at(r), by_square_.at(r), by_product_.at(r)});
     }
-
-    // Rows r - kHalf + 1 ... r + kHalf of the render are in its ring when row r of the gradient is made from r + kHalf.
-    const float* source(int64_t row) { return x_.at(row); }
-    const float* target(int64_t row) { return y_.at(row); }
 
     void copy(float* to, const float* image, int64_t row) const {
         std::memcpy(to, image + row * row_.length, row_.length * sizeof(float));

@@ -9,7 +9,7 @@ template <class L>
 struct Rows {
     using F = typename L::F;
 
-    // Down the columns, then along the row. A pass down K images at once shares nothing but its loop.
+    // The window is a product: first down the columns, then along the row.
     static void mean(const Row& row, const float* const* rows, float* scratch, float* out) {
         const int64_t size = kept(row.length);
         for (int64_t i = 0; i < size; i += L::N) L::store(scratch + margin(row) + i, down(row, rows, i));
