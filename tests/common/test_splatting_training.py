@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,15 @@ def test_the_seed_decides_and_nothing_else(scene: Scene) -> None:
     assert not equal(first, other)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own answer to Ctrl-C; a shell's background jobs begin without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_checkpoints_come_regularly_and_on_ctrl_c(scene: Scene, tmp_path: Path) -> None:
     file, seen = tmp_path / "a" / "training.ckpt", []
 
