@@ -238,8 +238,8 @@ for arm, set_, views in experiment.plan(params):
 # ## 5. The table
 #
 # Mean and standard deviation over seeds. Published rows are means of the eight LLFF scenes at 504 x 378 and 10,000
-# iterations, ours are one scene, smaller and shorter: compare the order of rows and the size of gaps, never the numbers
-# themselves.
+# iterations, ours are one scene and, below `paper`, far fewer iterations: compare the order of rows and the size of
+# gaps, never the numbers themselves.
 
 
 # %%
