@@ -8,6 +8,7 @@
 #include <string>
 
 #include "ct/cpu.h"
+#include "nm/bind.h"
 #include "simd/isa.h"
 #include "splat/bind.h"
 #include "ssim/bind.h"
@@ -112,4 +113,5 @@ NB_MODULE(_native, m) {
           "The exact adjoint: sinogram [B, V, K] float32 -> out [B, H, W] float32.");
     kernels::splat::bind(m);
     kernels::ssim::bind(m);
+    kernels::nm::bind(m);
 }
