@@ -40,7 +40,7 @@ def speedup(n: int, m: int, tokens: int, dtype: torch.dtype = torch.float32) -> 
     """
     if tokens < 1:
         raise ValueError(f"kernels.nm.speedup: got {tokens} tokens; expected 1 or more")
-    rows = _table().get(str(info()["isa"]), {}).get(str(dtype).removeprefix("torch."), {})
+    rows = _table().get(_isa(os.environ.get("KERNELS_ISA")), {}).get(str(dtype).removeprefix("torch."), {})
     denser = [(kept / of, f"{kept}:{of}") for kept, of in PATTERNS if kept / of >= n / m and f"{kept}:{of}" in rows]
     exact = f"{n}:{m}"
     if exact not in rows and not denser:
@@ -69,7 +69,7 @@ def autotune(path: Path | str | None = None, *, size: int = 1024, quick: bool = 
     finally:
         torch.set_num_threads(threads)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = (_read(path) or {}) | {str(info()["isa"]): rows}
+    table = (_read(path) or {}) | {_isa(os.environ.get("KERNELS_ISA")): rows}
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(table, indent=1) + "\n")
     partial.replace(path)
@@ -100,6 +100,11 @@ def _say(n: int, m: int, dtype: str) -> None:
         "it runs dense there, on the same weight. Measure anew with kernels.nm.autotune(), or pass dense=False",
         stacklevel=4,
     )
+
+
+@functools.cache
+def _isa(_asked: str | None) -> str:
+    return str(info()["isa"])
 
 
 @functools.cache

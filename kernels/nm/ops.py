@@ -22,6 +22,16 @@ def linear(x: Tensor, packed: NMTensor, bias: Tensor | None, straight_through: T
     return _linear(x, packed.values, packed.places, packed.m, rows, bias, straight_through)
 
 
+def input_gradient(dy: Tensor, packed: NMTensor) -> Tensor:
+    """dy W [T, K] of dy [T, O]."""
+    return _input_gradient(dy, packed.values, packed.places, packed.m)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, packed: NMTensor) -> Tensor:
+    """The gradient of `packed.values`, laid out and typed as they are, of dy [T, O] and x [T, K]."""
+    return _weight_gradient(dy, x, packed.values, packed.places, packed.m)
+
+
 def _native_serves(x: Tensor) -> bool:
     return _dispatch.backend_for(x.device, x.dtype, "nm") == _dispatch.CPU
 
