@@ -7,29 +7,21 @@ import collections
 import pytest
 import torch
 
-from common import data as datasets
 from common.data import text
 
 
-def real(name: str):
-    if datasets.locate(name) is None:
-        pytest.skip(f"{name} is not on this machine; set RESPARSE_DATA_MIRROR")
-    return text.shakespeare() if name == text.SHAKESPEARE else text.wikitext2()
-
-
-def test_shakespeare_is_whole_and_cut_by_position():
-    corpus = real(text.SHAKESPEARE)
+def test_shakespeare_is_whole_and_cut_by_position(real_data):
+    folder, corpus = real_data(text.SHAKESPEARE), text.shakespeare()
     sizes = [len(part) for part in (corpus.train, corpus.validation, corpus.test)]
     assert sizes == [1_003_855, 55_770, 55_769]
     assert len(corpus.vocabulary) == 65
     assert corpus.decode(corpus.train[:13]) == "First Citizen"
-    whole = (datasets.path(text.SHAKESPEARE) / "input.txt").read_text()
+    whole = (folder / "input.txt").read_text()
     assert "".join(map(corpus.decode, (corpus.train, corpus.validation, corpus.test))) == whole
 
 
-def test_wikitext_tests_on_the_published_test_split():
-    corpus = real(text.WIKITEXT2)
-    folder = datasets.path(text.WIKITEXT2)
+def test_wikitext_tests_on_the_published_test_split(real_data):
+    folder, corpus = real_data(text.WIKITEXT2), text.wikitext2()
     assert corpus.decode(corpus.test) == (folder / "test.txt").read_text(encoding="utf-8")
     known = corpus.decode(corpus.train) + corpus.decode(corpus.validation)
     assert known == (folder / "valid.txt").read_text(encoding="utf-8")
