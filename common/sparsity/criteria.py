@@ -93,7 +93,7 @@ def prune_(
     calibration  what wanda and sparsegpt look at: batches, each a tensor, a tuple of positional or a mapping of keyword
                  arguments of the model; they are held in memory and run through the model several times
     where        layers by name: glob patterns, or a predicate of name and module; None: every Linear and Conv2d whose
-                 inputs m divides, but none that shares its weight (as a tied output head does with the embedding)
+                 inputs m divides, but the last one, which in the papers stays dense as the head
     damping      of sparsegpt's Hessian, relative to the mean of its diagonal
     block        columns that sparsegpt treats before it updates the rest; rounded up to a multiple of m
 
@@ -238,8 +238,7 @@ def _chosen(model: nn.Module, where: Where | None, pattern: Pattern) -> dict[str
     named = {name: layer for name, layer in model.named_modules() if isinstance(layer, Layer)}
     divides = {name: pattern.m is None or layer.weight.shape[1] % pattern.m == 0 for name, layer in named.items()}
     if where is None:
-        uses = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
-        chosen = [name for name, layer in named.items() if divides[name] and uses.count(id(layer.weight)) == 1]
+        chosen = [name for name in list(named)[:-1] if divides[name]]
     elif callable(where):
         chosen = [name for name, layer in named.items() if where(name, layer)]
     else:
@@ -250,7 +249,10 @@ def _chosen(model: nn.Module, where: Where | None, pattern: Pattern) -> dict[str
                 raise ValueError(f"prune_: no Linear or Conv2d is named {glob!r}; expected patterns for {known}")
         chosen = [name for name in named if any(fnmatch.fnmatchcase(name, glob) for glob in patterns)]
     if not chosen:
-        raise ValueError("prune_: no layer is left to prune; expected a Linear or Conv2d whose inputs m divides")
+        raise ValueError(
+            "prune_: no layer is left to prune; expected a Linear or Conv2d whose inputs m divides; name the last one "
+            "in where= if it is meant"
+        )
     for name in chosen:
         _require_fit(name, named[name], divides[name], pattern)
     return {name: named[name] for name in chosen}

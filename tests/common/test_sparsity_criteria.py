@@ -12,6 +12,7 @@ from common.sparsity.criteria import Pattern, inputs_as_matrix, prune_, sparsegp
 from kernels import nm
 
 TWO_FOUR = Pattern(2, 4)
+ALL = ["*"]  # by default the last layer is left alone
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -69,7 +70,7 @@ def groups_kept(mask: Tensor, m: int) -> set[int]:
 def test_every_group_keeps_exactly_n(method, n, m):
     model = network()
     before = copy.deepcopy(model)
-    masks = prune_(model, n, m, method=method, calibration=[correlated(64, 16)], progress=False)
+    masks = prune_(model, n, m, method=method, calibration=[correlated(64, 16)], progress=False, where=ALL)
     assert list(masks) == ["0", "2", "4"]
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight
@@ -84,7 +85,7 @@ def test_every_group_keeps_exactly_n(method, n, m):
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
 def test_a_share_of_zeros_is_exact(method, sparsity):
     model = nn.Sequential(nn.Linear(40, 8))
-    masks = prune_(model, sparsity=sparsity, method=method, calibration=[correlated(99, 40)], progress=False)
+    masks = prune_(model, sparsity=sparsity, method=method, calibration=[correlated(99, 40)], progress=False, where=ALL)
     assert (~masks["0"]).sum().item() == round(sparsity * 40) * 8
     if method == "wanda":  # which compares within a row
         assert set((~masks["0"]).sum(1).tolist()) == {round(sparsity * 40)}
@@ -93,7 +94,7 @@ def test_a_share_of_zeros_is_exact(method, sparsity):
 def test_equal_weights_keep_exactly_n_too():
     model = nn.Sequential(nn.Linear(8, 3))
     nn.init.ones_(model[0].weight)
-    masks = prune_(model, 2, 4, method="magnitude")
+    masks = prune_(model, 2, 4, method="magnitude", where=ALL)
     assert torch.equal(masks["0"], torch.tensor([True, True, False, False] * 2).expand(3, 8))
 
 
@@ -107,7 +108,7 @@ def test_magnitude_and_wanda_by_hand():
     scores = {"magnitude": [0, 1], "wanda": [2, 3]}  # Wanda: 4, 4.24, 5.66, 5
     for method, kept in scores.items():
         model = nn.Sequential(copy.deepcopy(layer))
-        mask = prune_(model, 2, 4, method=method, calibration=[inputs[:1], inputs[1:]], progress=False)["0"]
+        mask = prune_(model, 2, 4, method=method, calibration=[inputs[:1], inputs[1:]], progress=False, where=ALL)["0"]
         assert mask.nonzero()[:, 1].tolist() == kept
 
 
@@ -123,7 +124,9 @@ def test_wanda_of_a_convolution_sums_over_its_patches():
         norms[tuple(place)] = nn.functional.conv2d(image, alone, stride=2, padding=1).norm()
     expected = nm.mask((conv.weight.detach() * norms).abs(), 2, 4, dim=1)
     model = nn.Sequential(conv)
-    assert torch.equal(prune_(model, 2, 4, method="wanda", calibration=[image], progress=False)["0"], expected)
+    assert torch.equal(
+        prune_(model, 2, 4, method="wanda", calibration=[image], progress=False, where=ALL)["0"], expected
+    )
     assert set(expected.sum(1).flatten().tolist()) == {2}
 
 
@@ -193,7 +196,7 @@ def test_on_correlated_inputs_sparsegpt_beats_wanda_beats_magnitude(seed, n, m):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 32, bias=False))
         dense = model[0].weight.detach().clone()
-        prune_(model, n, m, method=method, calibration=inputs.split(64), progress=False)
+        prune_(model, n, m, method=method, calibration=inputs.split(64), progress=False, where=ALL)
         errors[method] = output_error(inputs, dense, model[0].weight.detach())
     assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
 
@@ -214,12 +217,12 @@ def test_dead_inputs_are_pruned_first_and_crash_nothing(method):
     inputs[:, [1, 2, 5]] = 0.0
     model = nn.Sequential(nn.Linear(16, 6))
     model[0].weight.data += 10.0  # large, but they meet no input
-    mask = prune_(model, 2, 4, method=method, calibration=[inputs], progress=False)["0"]
+    mask = prune_(model, 2, 4, method=method, calibration=[inputs], progress=False, where=ALL)["0"]
     assert not mask[:, [1, 2, 5]].any()
     assert torch.isfinite(model[0].weight).all()
     silent = nn.Sequential(nn.Linear(16, 6))
     assert groups_kept(
-        prune_(silent, 2, 4, method=method, calibration=[torch.zeros(3, 16)], progress=False)["0"], 4
+        prune_(silent, 2, 4, method=method, calibration=[torch.zeros(3, 16)], progress=False, where=ALL)["0"], 4
     ) == {2}
     assert torch.isfinite(silent[0].weight).all()
 
@@ -239,7 +242,7 @@ def test_half_precision_is_pruned_as_float32(method):
         layer = nn.Linear(16, 8, bias=False)
         layer.weight.data = layer.weight.data.bfloat16().to(kind)
         model = nn.Sequential(layer)
-        masks[kind] = prune_(model, 2, 4, method=method, calibration=[inputs.to(kind)], progress=False)["0"]
+        masks[kind] = prune_(model, 2, 4, method=method, calibration=[inputs.to(kind)], progress=False, where=ALL)["0"]
         assert layer.weight.dtype == kind
     assert torch.equal(masks[torch.bfloat16], masks[torch.float32])
 
@@ -251,19 +254,19 @@ def test_half_precision_is_pruned_as_float32(method):
 def test_later_layers_are_judged_by_what_pruned_earlier_ones_let_through(method):
     inputs = correlated(64, 16)
     model = network()
-    prune_(model, 1, 4, method=method, calibration=[inputs], progress=False)
+    prune_(model, 1, 4, method=method, calibration=[inputs], progress=False, where=ALL)
     by_hand = network()
     prune_(by_hand, 1, 4, method=method, calibration=[inputs], where=["0"], progress=False)
     hidden = by_hand[1](by_hand[0](inputs)).detach()
     second = nn.Sequential(by_hand[2])
-    prune_(second, 1, 4, method=method, calibration=[hidden], progress=False)
+    prune_(second, 1, 4, method=method, calibration=[hidden], progress=False, where=ALL)
     torch.testing.assert_close(model[2].weight, second[0].weight)
     at_once = network()  # judged by the dense first layer: another result, or this test would see nothing
     prune_(at_once, 1, 4, method=method, calibration=[inputs], where=["2"], progress=False)
     assert not torch.equal(at_once[2].weight != 0, model[2].weight != 0)
 
 
-def test_layers_of_a_block_are_watched_together_and_a_tied_head_is_left_alone():
+def test_layers_of_a_block_are_watched_together():
     model, calls = Residual(), []
     for number, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
@@ -272,7 +275,6 @@ def test_layers_of_a_block_are_watched_together_and_a_tied_head_is_left_alone():
     assert list(masks) == ["blocks.0.left", "blocks.0.right", "blocks.1.left", "blocks.1.right"]
     # One batch shows the order. Then each block in turn sees both, and no pass goes further than it must.
     assert calls == [0, 1] + [0, 1] * 2 + [0, 1] * 2
-    assert (model.head.weight != 0).all()
 
 
 def test_batches_are_tensors_tuples_or_mappings():
@@ -280,7 +282,7 @@ def test_batches_are_tensors_tuples_or_mappings():
     results = []
     for batch in (tokens, (tokens,), [tokens], {"tokens": tokens}):
         model = Residual()
-        prune_(model, 2, 4, calibration=[batch], progress=False)
+        prune_(model, 2, 4, calibration=[batch], progress=False, where=ALL)
         results.append(model.blocks[1].right.weight.detach())
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -288,28 +290,28 @@ def test_batches_are_tensors_tuples_or_mappings():
 def test_the_model_comes_back_in_the_mode_it_was_in():
     model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 8))
     model[1].eval()
-    prune_(model, 2, 4, calibration=[correlated(32, 16)], progress=False)
+    prune_(model, 2, 4, calibration=[correlated(32, 16)], progress=False, where=ALL)
     assert model.training and model[0].training and not model[1].training
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert model[0].weight.requires_grad
 
 
 def test_a_bar_shows_every_layer(capsys):
-    prune_(network(), 2, 4, calibration=[correlated(32, 16)])
+    prune_(network(), 2, 4, calibration=[correlated(32, 16)], where=ALL)
     assert "wanda: 100%" in capsys.readouterr().out
-    prune_(network(), 2, 4, calibration=[correlated(32, 16)], progress=False)
+    prune_(network(), 2, 4, calibration=[correlated(32, 16)], progress=False, where=ALL)
     assert capsys.readouterr().out == ""
 
 
 def test_layers_are_chosen_by_glob_by_predicate_or_by_what_m_divides():
     def chosen(**options) -> list[str]:
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 10))
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 16), nn.Linear(16, 8))
         return list(prune_(model, 2, 4, method="magnitude", **options))
 
-    assert chosen() == ["1", "3"]  # the first convolution has 3 channels
-    assert chosen(where=["1"]) == ["1"]
-    assert chosen(where=["[2-9]"]) == ["3"]
-    assert chosen(where=lambda name, layer: isinstance(layer, nn.Linear)) == ["3"]
+    assert chosen() == ["1", "3"]  # the first convolution has 3 channels, and the last layer is the head
+    assert chosen(where=["1", "4"]) == ["1", "4"]
+    assert chosen(where=["[2-9]"]) == ["3", "4"]
+    assert chosen(where=lambda name, layer: isinstance(layer, nn.Linear)) == ["3", "4"]
 
 
 # ------------------------------------------------------------------------------------------------------ bad calls
@@ -346,14 +348,14 @@ def test_inputs_that_are_not_finite_are_named(bad):
     inputs = correlated(8, 16)
     inputs[3, 4] = bad
     with pytest.raises(ValueError, match="input of 0 is not finite in calibration batch 1"):
-        prune_(network(), 2, 4, calibration=[correlated(8, 16), inputs], progress=False)
+        prune_(network(), 2, 4, calibration=[correlated(8, 16), inputs], progress=False, where=ALL)
 
 
 def test_weights_that_are_not_finite_are_named():
     model = network()
     model[2].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="2 has weights that are not finite"):
-        prune_(model, 2, 4, method="magnitude")
+        prune_(model, 2, 4, method="magnitude", where=ALL)
 
 
 def test_a_layer_that_no_batch_reaches_is_named():
@@ -362,11 +364,11 @@ def test_a_layer_that_no_batch_reaches_is_named():
     model.unused.layer = nn.Linear(8, 8)
     model.unused.forward = lambda x: x
     with pytest.raises(ValueError, match=r"never reaches unused.layer.*where="):
-        prune_(model, 2, 4, calibration=[correlated(8, 16)], progress=False)
+        prune_(model, 2, 4, calibration=[correlated(8, 16)], progress=False, where=ALL)
 
 
 def test_a_grouped_convolution_is_for_magnitude_alone():
     model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=2))
     with pytest.raises(ValueError, match=r"0 is a convolution in 2 groups.*magnitude"):
-        prune_(model, 2, 4, calibration=[torch.randn(1, 16, 5, 5)], progress=False)
-    assert set(prune_(model, 2, 4, method="magnitude")["0"].sum(1).flatten().tolist()) == {4}
+        prune_(model, 2, 4, calibration=[torch.randn(1, 16, 5, 5)], progress=False, where=ALL)
+    assert set(prune_(model, 2, 4, method="magnitude", where=ALL)["0"].sum(1).flatten().tolist()) == {4}
