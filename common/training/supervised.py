@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 __all__ = ["NonFiniteError", "Schedule", "accuracy", "fit"]
 
-NO_BAR = partial(tqdm, disable=True)
 KEEP_EVERY = 100  # steps between two copies of the state that a broken training falls back to
 
 
@@ -30,6 +27,13 @@ class NonFiniteError(ArithmeticError):
             "learning rate, warm up longer or clip the gradient."
         )
         self.step, self.good_step, self.losses = step, good_step, losses
+
+
+def no_bar(iterable: Iterable[Any], title: str, *, total: int) -> Any:
+    """A bar that is not drawn: the default of `fit`."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, title, total, disable=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def fit(
     *,
     clip: float | None = None,
     after_step: Callable[[int], None] | None = None,
-    progress: Callable = NO_BAR,
+    progress: Callable = no_bar,
 ) -> list[float]:
     """Train in place for `schedule.steps` steps; returns the loss of each step.
 
