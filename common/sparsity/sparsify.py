@@ -171,7 +171,7 @@ class Sparsity:
         rule = self.recipe.rule(self.steps, self.config.n, self.config.m)
         for name, layer in self.layers.items():
             stored = state["masks"][name] or {}
-            masks = {key: mask if mask is None else mask.to(layer.weight.device) for key, mask in stored.items()}
+            masks = {key: mask.to(layer.weight.device) for key, mask in stored.items() if mask is not None}
             layer.apply_rule(rule, Masks(**masks) if masks else None)
 
     def _follow(self, rule: Rule) -> None:
