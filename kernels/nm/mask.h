@@ -20,7 +20,7 @@ struct Matrices {
     int64_t batch, rows, columns;
 };
 
-// n in every row and column of each m x m tile, with a large sum of magnitudes: the largest for m <= 4.
+// n in every row and column of each m x m tile, with the largest sum of magnitudes.
 void transposable_mask(const float* weight, const Matrices& size, int64_t n, int64_t m, uint8_t* out, int threads);
 
 } // namespace kernels::nm

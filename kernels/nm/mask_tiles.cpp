@@ -1,10 +1,13 @@
-// Masks that are n:m along both axes of a matrix. For m <= 4 all legal tiles are tried. For larger ones: greedy by
-// magnitude; then the rows and columns that greed left short are filled; then pairs of rows exchange columns as long as
-// the sum of the kept magnitudes grows. See kernels/nm/reference.py, which does the same step by step.
+// Masks that are n:m along both axes of a matrix, tile by tile. For m <= 4 all legal tiles are tried. A larger tile begins
+// greedily, by magnitude; the rows and columns that greed leaves short are filled; then rows pass columns on to each other
+// in circles as long as the sum of the kept magnitudes grows. When no circle is left, the sum is the largest there is: the
+// condition is that of minimum-cost flow (Klein 1967), with rows and columns as sources and sinks.
+// kernels/nm/reference.py does the same, step by step.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -16,27 +19,44 @@ namespace {
 constexpr int64_t kFew = 1 << 12; // weights that are not worth waking threads for
 constexpr int64_t kAtOnce = 64;   // tiles whose values are looked at together
 
-// Magnitudes of a tile as numbers with finite sums: one infinity more outweighs all finite ones, one NaN all infinities.
-// value (r m + c) goes to out[(r m + c) step].
+// e with 2^(e-1) <= x < 2^e, for normal numbers; 2^e. (frexp and ldexp are calls, and this is done for each tile.)
+int exponent_of(double x) {
+    int64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return static_cast<int>(bits >> 52) - 1022;
+}
+
+double power_of_2(int e) {
+    const int64_t bits = int64_t{e + 1023} << 52;
+    double x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Magnitudes of a tile as whole numbers up to 2^45: the largest of them is just below that, and sums of them are exact. One
+// infinity outweighs all that is finite, one NaN all infinities. The value at (r, c) goes to out[(r m + c) step].
 void values_of(const float* weight, int64_t stride, int64_t m, double* out, int64_t step) {
-    float largest = 0; // of the finite ones
-    bool finite = true;
+    constexpr int kBits = 45;
+    constexpr double kRound = 4503599627370496.0; // 2^52: what is added to it loses its fraction, half to even
+    int32_t largest = 0, top = 0; // of the finite ones, of all
     for (int64_t r = 0; r < m; ++r)
         for (int64_t c = 0; c < m; ++c) {
-            const float x = std::fabs(weight[r * stride + c]);
-            const bool usual = magnitude(x) < kInfinity;
-            finite &= usual;
-            largest = usual && x > largest ? x : largest;
-            out[(r * m + c) * step] = x;
+            const int32_t key = magnitude(weight[r * stride + c]);
+            largest = std::max(largest, key < kInfinity ? key : 0);
+            top = std::max(top, key);
         }
-    if (finite) return;
-    const double more = 2.0 * static_cast<double>(m * m), infinity = largest > 0 ? more * largest : 1.0;
+    const double more = 2.0 * static_cast<double>(m * m);
+    const int above = top < kInfinity ? 0 : exponent_of(top == kNaN ? more * more : more);
+    float x;
+    std::memcpy(&x, &largest, sizeof x);
+    const double unit = power_of_2(kBits - above), scale = power_of_2(kBits - above - (largest ? exponent_of(x) : 0));
+    for (int64_t r = 0; r < m; ++r)
+        for (int64_t c = 0; c < m; ++c)
+            out[(r * m + c) * step] = static_cast<double>(std::fabs(weight[r * stride + c])) * scale + kRound - kRound;
+    if (top < kInfinity) return;
     for (int64_t i = 0; i < m * m; ++i) {
-        double& x = out[i * step];
-        if (std::isnan(x))
-            x = more * infinity;
-        else if (std::isinf(x))
-            x = infinity;
+        const int32_t key = magnitude(weight[i / m * stride + i % m]);
+        if (key >= kInfinity) out[i * step] = key == kNaN ? more * more * unit : more * unit;
     }
 }
 
@@ -44,24 +64,19 @@ void values_of(const float* weight, int64_t stride, int64_t m, double* out, int6
 
 Templates templates_of(int n, int m) {
     Templates t{m, n, 0, 0, {}, {}};
-    std::array<int, 6> bits{};
-    // in the order of combinations: 01, 02, 03, 12, ...
-    for (int a = (1 << m) - 1; a > 0; --a) {
-        int reversed = 0, kept = 0;
-        for (int c = 0; c < m; ++c)
-            if (a >> (m - 1 - c) & 1) {
-                reversed |= 1 << c;
-                t.columns[t.patterns][kept < 3 ? kept : 2] = static_cast<uint8_t>(c);
-                ++kept;
-            }
-        if (kept == n) bits[t.patterns++] = reversed;
+    std::array<int, 6> bits{}; // of a pattern, column 0 the highest: 01, 02, 03, 12, ... is then descending
+    for (int pattern = (1 << m) - 1; pattern > 0; --pattern) {
+        if (__builtin_popcount(pattern) != n) continue;
+        for (int c = 0, k = 0; c < m; ++c)
+            if (pattern >> (m - 1 - c) & 1) t.columns[t.patterns][k++] = static_cast<uint8_t>(c);
+        bits[t.patterns++] = pattern;
     }
-    std::array<uint8_t, 4> rows{};
-    int all = 1;
-    for (int r = 0; r < m; ++r) all *= t.patterns;
-    for (int i = 0; i < all; ++i) {
+    int choices = 1;
+    for (int r = 0; r < m; ++r) choices *= t.patterns;
+    for (int choice = 0; choice < choices; ++choice) {
+        std::array<uint8_t, 4> rows{};
         std::array<int, 4> sums{};
-        for (int r = m - 1, rest = i; r >= 0; --r, rest /= t.patterns) {
+        for (int r = m - 1, rest = choice; r >= 0; --r, rest /= t.patterns) {
             rows[r] = static_cast<uint8_t>(rest % t.patterns);
             for (int c = 0; c < m; ++c) sums[c] += bits[rows[r]] >> c & 1;
         }
@@ -76,38 +91,38 @@ public:
     Enumeration(int64_t n, int64_t m)
         : m_(m), templates_(templates_of(static_cast<int>(n), static_cast<int>(m))), values_(m * m * kAtOnce), best_(kAtOnce) {}
 
-    // The tiles side by side at weight, in rows of `columns`.
+    // The tiles side by side in m rows of `columns` weights.
     void row_of_tiles(const float* weight, int64_t columns, uint8_t* out) {
         for (int64_t first = 0; first < columns / m_; first += kAtOnce) {
             const int64_t tiles = std::min(kAtOnce, columns / m_ - first);
-            const int64_t lanes = (tiles + kTileLanes - 1) / kTileLanes * kTileLanes;
+            const int64_t lanes = (tiles + kTileLanes - 1) / kTileLanes * kTileLanes; // those behind the last tile hold anything
             for (int64_t i = 0; i < tiles; ++i) values_of(weight + (first + i) * m_, columns, m_, values_.data() + i, lanes);
             mask_ops().best_template(templates_, values_.data(), lanes, best_.data());
-            for (int64_t i = 0; i < tiles; ++i) put(templates_.rows[best_[i]], columns, out + (first + i) * m_);
+            for (int64_t i = 0; i < tiles; ++i) write(templates_.rows[best_[i]], columns, out + (first + i) * m_);
         }
     }
 
 private:
-    void put(const uint8_t* rows, int64_t columns, uint8_t* out) const {
-        for (int64_t r = 0; r < m_; ++r) {
-            std::fill_n(out + r * columns, m_, uint8_t{0});
-            for (int k = 0; k < templates_.n; ++k) out[r * columns + templates_.columns[rows[r]][k]] = 1;
+    void write(const uint8_t* patterns, int64_t columns, uint8_t* out) const {
+        for (int64_t r = 0; r < m_; ++r, out += columns) {
+            std::fill_n(out, m_, uint8_t{0});
+            for (int k = 0; k < templates_.n; ++k) out[templates_.columns[patterns[r]][k]] = 1;
         }
     }
 
     const int64_t m_;
     const Templates templates_;
-    std::vector<double> values_; // what is left over from earlier tiles, or zero, in the lanes behind the last tile
+    std::vector<double> values_;
     std::vector<int64_t> best_;
 };
 
 // --- any m
 
-class Greedy {
+class Flow {
 public:
-    Greedy(int64_t n, int64_t m)
+    Flow(int64_t n, int64_t m)
         : n_(static_cast<int>(n)), m_(static_cast<int>(m)), values_(m * m), order_(m * m), other_(m * m), rows_(m), in_row_(m),
-          in_column_(m), row_changed_(m), pair_seen_(m * m) {}
+          in_column_(m), gain_(m * m), column_(m * m), reach_(m), before_(m), visited_(m) {}
 
     void row_of_tiles(const float* weight, int64_t columns, uint8_t* out) {
         for (int64_t first = 0; first < columns; first += m_) {
@@ -115,7 +130,10 @@ public:
             sort(weight + first, columns);
             take();
             fill_up();
-            exchange();
+            for (int r = 0; r < m_; ++r)
+                for (int s = 0; s < m_; ++s) find_gain(r, s);
+            while (circle()) {
+            }
             for (int r = 0; r < m_; ++r)
                 for (int c = 0; c < m_; ++c) out[r * columns + first + c] = kept(r, c);
         }
@@ -124,7 +142,7 @@ public:
 private:
     struct Entry {
         int32_t key;
-        int32_t place;
+        int16_t row, column;
     };
 
     bool kept(int r, int c) const { return rows_[r] >> c & 1; }
@@ -137,7 +155,7 @@ private:
         for (int r = 0; r < m_; ++r)
             for (int c = 0; c < m_; ++c) {
                 const int32_t key = kNaN - magnitude(weight[r * columns + c]); // ascending order of this one
-                order_[r * m_ + c] = {key, r * m_ + c};
+                order_[r * m_ + c] = {key, static_cast<int16_t>(r), static_cast<int16_t>(c)};
                 for (int d = 0; d < kDigits; ++d) ++counts[d][key >> 8 * d & (kValues - 1)];
             }
         for (int d = 0; d < kDigits; ++d) {
@@ -153,7 +171,7 @@ private:
         std::fill(in_row_.begin(), in_row_.end(), 0);
         std::fill(in_column_.begin(), in_column_.end(), 0);
         for (const Entry& entry : order_) {
-            const int r = entry.place / m_, c = entry.place % m_;
+            const int r = entry.row, c = entry.column;
             if (in_row_[r] == n_ || in_column_[c] == n_) continue;
             rows_[r] |= uint64_t{1} << c;
             ++in_row_[r];
@@ -162,18 +180,17 @@ private:
     }
 
     // A short row r and a short column c hold each other's place already, or greed would have taken it. So some (s, d) is
-    // given up for (r, d) and (s, c). There is one: a row that lacks c is full, and r keeps fewer columns than it.
+    // given up for (r, d) and (s, c). There is one: a row s that lacks c is full, and r keeps fewer columns than it does.
     void fill_up() {
         for (int r = 0; r < m_; ++r)
             while (in_row_[r] < n_) {
-                const int c = static_cast<int>(std::find_if(in_column_.begin(), in_column_.end(), [&](int k) { return k < n_; }) -
-                                               in_column_.begin());
+                int c = 0, s = -1, d = -1;
+                while (in_column_[c] == n_) ++c;
                 double most = 0;
-                int s = -1, d = -1;
                 for (int i = 0; i < m_; ++i) {
                     if (kept(i, c)) continue;
-                    for (int j = 0; j < m_; ++j) {
-                        if (!kept(i, j) || kept(r, j)) continue;
+                    for (uint64_t left = rows_[i] & ~rows_[r]; left; left &= left - 1) {
+                        const int j = __builtin_ctzll(left);
                         const double gain = value(r, j) + value(i, c) - value(i, j);
                         if (s < 0 || gain > most) most = gain, s = i, d = j;
                     }
@@ -185,44 +202,57 @@ private:
             }
     }
 
-    // Sweeps over all pairs of rows until one changes nothing. A pair neither of whose rows has changed since it was looked
-    // at need not be looked at again.
-    void exchange() {
-        std::fill(row_changed_.begin(), row_changed_.end(), 0);
-        std::fill(pair_seen_.begin(), pair_seen_.end(), -1);
-        int64_t now = 0;
-        for (bool changed = true; changed;) {
-            changed = false;
+    // What the sum gains when a row passes its best column on to another.
+    void find_gain(int from, int to) {
+        double most = -std::numeric_limits<double>::infinity();
+        int column = 0;
+        for (uint64_t left = rows_[from] & ~rows_[to]; left; left &= left - 1) {
+            const int c = __builtin_ctzll(left);
+            const double gain = value(to, c) - value(from, c);
+            if (gain > most) most = gain, column = c;
+        }
+        gain_[from * m_ + to] = most;
+        column_[from * m_ + to] = column;
+    }
+
+    // Finds a circle of rows that gain by passing a column on to the next and lets them do it; false if there is none. All
+    // sums are exact: what is found does gain, so that no mask comes back and this ends.
+    bool circle() {
+        std::fill(reach_.begin(), reach_.end(), 0.0); // the gain of the best way found to here, from anywhere (Bellman-Ford)
+        std::fill(before_.begin(), before_.end(), -1);
+        for (;;) {
+            bool changed = false;
             for (int r = 0; r < m_; ++r)
-                for (int s = r + 1; s < m_; ++s) {
-                    int64_t& seen = pair_seen_[r * m_ + s];
-                    if (seen >= std::max(row_changed_[r], row_changed_[s])) continue;
-                    while (swap(r, s)) row_changed_[r] = row_changed_[s] = ++now, changed = true;
-                    seen = now;
+                for (int s = 0; s < m_; ++s) {
+                    const double gain = reach_[r] + gain_[r * m_ + s];
+                    if (gain > reach_[s]) reach_[s] = gain, before_[s] = r, changed = true;
                 }
+            if (!changed) return false;
+            const int row = row_on_a_circle();
+            if (row < 0) continue;
+            int s = row;
+            do { // each row loses one column and takes over another: the order does not matter
+                const uint64_t column = uint64_t{1} << column_[before_[s] * m_ + s];
+                rows_[before_[s]] ^= column;
+                rows_[s] ^= column;
+                s = before_[s];
+            } while (s != row);
+            do {
+                for (int r = 0; r < m_; ++r) find_gain(r, s), find_gain(s, r);
+                s = before_[s];
+            } while (s != row);
+            return true;
         }
     }
 
-    // Of the columns that only r keeps, the one that it gains least by, for the one of s that it would gain most by. A swap
-    // makes the sum larger even before rounding, so that no mask comes back.
-    bool swap(int r, int s) {
-        int out = -1, in = -1;
-        double least = 0, most = 0;
-        for (uint64_t left = rows_[r] & ~rows_[s]; left; left &= left - 1) {
-            const int c = __builtin_ctzll(left);
-            const double more = value(r, c) - value(s, c);
-            if (out < 0 || more < least) least = more, out = c;
+    int row_on_a_circle() {
+        std::fill(visited_.begin(), visited_.end(), -1);
+        for (int start = 0; start < m_; ++start) {
+            int row = start;
+            while (row >= 0 && visited_[row] < 0) visited_[row] = start, row = before_[row];
+            if (row >= 0 && visited_[row] == start) return row;
         }
-        for (uint64_t left = rows_[s] & ~rows_[r]; left; left &= left - 1) {
-            const int c = __builtin_ctzll(left);
-            const double more = value(r, c) - value(s, c);
-            if (in < 0 || more > most) most = more, in = c;
-        }
-        if (in < 0 || !(most > least)) return false;
-        const uint64_t both = uint64_t{1} << out | uint64_t{1} << in;
-        rows_[r] ^= both;
-        rows_[s] ^= both;
-        return true;
+        return -1;
     }
 
     const int n_, m_;
@@ -230,7 +260,10 @@ private:
     std::vector<Entry> order_, other_;
     std::vector<uint64_t> rows_; // bit c of rows_[r]: whether (r, c) is kept
     std::vector<int> in_row_, in_column_;
-    std::vector<int64_t> row_changed_, pair_seen_;
+    std::vector<double> gain_; // [from][to], and the column that it is of
+    std::vector<int> column_;
+    std::vector<double> reach_;
+    std::vector<int> before_, visited_;
 };
 
 template <class Solver>
@@ -253,7 +286,7 @@ void transposable_mask(const float* weight, const Matrices& size, int64_t n, int
     else if (m <= 4)
         solve<Enumeration>(weight, size, n, m, out, threads);
     else
-        solve<Greedy>(weight, size, n, m, out, threads);
+        solve<Flow>(weight, size, n, m, out, threads);
 }
 
 } // namespace kernels::nm

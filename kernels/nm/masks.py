@@ -19,12 +19,13 @@ def mask(weight: Tensor, n: int, m: int, dim: int = -1, *, transposable: bool = 
 
     weight        real floating point, any shape and stride; or any score whose magnitude ranks the weights
     n, m          0 <= n <= m, m >= 1; with `transposable` m <= 64
-    transposable  tiles of m x m over the last two axes, n in every row and column of a tile, so that the mask of the
-                  transpose is n:m too; `dim` has no meaning then, and leading axes are a batch. For m <= 4 the mask that
-                  keeps the largest sum of magnitudes; for larger m one that no exchange of two entries improves
+    transposable  tiles of m x m over the last two axes, n in every row and column of a tile, so that the transpose is
+                  n:m too; of all such masks the one that keeps the largest sum of magnitudes (for sums, those of a tile
+                  are rounded to 45 bits below its largest). Leading axes are a batch, `dim` has no meaning
     ragged        let m not divide the axis: a last group of r keeps min(n, r)
 
     Of equal magnitudes the first is kept. NaN counts as larger than everything, so that it is not hidden.
+    Transposable masks are found by trying all tiles for m <= 4, else by minimum-cost flow, some ten times slower.
 
     Returns the mask, without a gradient, in the memory layout of the weight. Raises TypeError for integer, bool and
     complex weights, ValueError for n, m or an axis that do not fit, KernelUnavailable where no kernel serves.
@@ -117,7 +118,7 @@ def _mask_vmap(info: Any, in_dims: tuple, score: Tensor, n: int, m: int, dim: in
 
 # Defined piece by piece because `torch.library.custom_op` imports the compiler on the first call, which takes seconds.
 _library = torch.library.Library("resparse", "FRAGMENT")
-_library.define("nm_mask(Tensor score, SymInt n, SymInt m, int dim, bool transposable) -> Tensor")  # dim < 0
+_library.define("nm_mask(Tensor score, int n, int m, int dim, bool transposable) -> Tensor")  # dim < 0
 _mask = torch.ops.resparse.nm_mask.default
 _library.impl(_mask, _mask_kernel, "CompositeExplicitAutograd")
 torch.library.register_fake(_mask, _mask_fake, lib=_library)

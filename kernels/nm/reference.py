@@ -6,8 +6,9 @@ their group; `linear` is then x W^T with the weight that has zeros elsewhere.
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,92 +28,111 @@ def mask(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def transposable_mask(score: Tensor, n: int, m: int) -> Tensor:
-    """n in every row and column of each m x m tile of the last two axes, with a large sum of |score|: bool, same shape.
+    """n in every row and column of each m x m tile of the last two axes, with the largest sum of |score|: bool.
 
-    score [..., R, C], real floating point; m divides R and C. For m <= 4 the sum is the largest there is, by trying all
-    tiles; of equals the first in the order of their rows is taken. For larger m it is what greed and exchange find, see
-    `_exchange`. A tile keeps as many NaN as it can, then as many infinities as it can.
+    score [..., R, C], real floating point; m divides R and C. Sums are of |score| rounded to 45 bits below the largest
+    of the tile; a tile keeps as many NaN as it can, then as many infinities. Of several best tiles, for m <= 4 the
+    first in the order of their rows is taken, for larger m the one that `_by_flow` comes to.
     """
-    tiles = score.abs().double().unflatten(-1, (-1, m)).unflatten(-3, (-1, m)).transpose(-3, -2)  # [..., R/m, C/m, m, m]
-    solve = _best_tiles if m <= 4 else _exchange
-    kept = solve(_finite(tiles.reshape(-1, m, m)), n)
-    return kept.view(tiles.shape).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    tiles = score.unflatten(-1, (-1, m)).unflatten(-3, (-1, m)).transpose(-3, -2)  # [..., R/m, C/m, m, m]
+    score = tiles.reshape(-1, m, m)  # [T, m, m]
+    kept = _by_trying(_whole(score), n) if m <= 4 else _by_flow(score, n)
+    return kept.to(score.device).view(tiles.shape).transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
-def _finite(values: Tensor) -> Tensor:
-    """values [T, m, m] >= 0: one infinity is made to outweigh all finite ones of its tile, one NaN all infinities."""
-    finite = values.isfinite()
-    more = 2.0 * values.shape[-1] ** 2
-    largest = values.where(finite, 0).amax(dim=(-2, -1), keepdim=True)
-    infinity = (more * largest).where(largest > 0, 1.0)
-    return values.where(finite, (more * infinity).where(values.isnan(), infinity))
+def _whole(score: Tensor) -> Tensor:
+    """|score| [T, m, m] as whole numbers below 2^45, so that sums are exact: float64 on the CPU.
+
+    One infinity outweighs all that is finite in its tile, one NaN all infinities.
+    """
+    values = score.detach().abs().double().cpu().numpy()
+    tile, more = (-2, -1), 2.0 * values.shape[-1] ** 2
+    infinite, unknown = np.isinf(values), np.isnan(values)
+    usual = np.where(infinite | unknown, 0, values)
+    _, exponent = np.frexp(usual.max(axis=tile, keepdims=True))
+    top = np.where(unknown.any(axis=tile, keepdims=True), more**2, more)
+    top = np.where((infinite | unknown).any(axis=tile, keepdims=True), np.frexp(top)[1], 0)
+    usual, others = np.ldexp(usual, 45 - top - exponent).round(), np.ldexp(np.where(unknown, more**2, more), 45 - top)
+    return torch.from_numpy(np.where(infinite | unknown, others, usual))
 
 
-def _best_tiles(values: Tensor, n: int) -> Tensor:
-    """The legal tile with the largest sum, by trying all: bool [T, m, m] of values [T, m, m]."""
+def _by_trying(values: Tensor, n: int) -> Tensor:
+    """The best of all legal tiles, the first of equals: bool [T, m, m] of whole values [T, m, m]."""
     m = values.shape[-1]
-    patterns = list(combinations(range(m), n))  # of a row: the columns that it keeps
-    legal = [
-        rows
-        for rows in product(range(len(patterns)), repeat=m)
-        if all(sum(c in patterns[p] for p in rows) == n for c in range(m))
-    ]
-    nothing = torch.zeros_like(values[..., 0])
-    sums = [sum((values[..., c] for c in pattern), start=nothing) for pattern in patterns]  # each [T, m]
-    totals = [sum((sums[p][:, r] for r, p in enumerate(rows)), start=nothing[:, 0]) for rows in legal]  # each [T]
-    best = torch.stack(totals).argmax(dim=0)
-    tiles = torch.tensor([[[c in patterns[p] for c in range(m)] for p in rows] for rows in legal])
-    return tiles.to(values.device)[best]
+    patterns = [[column in pattern for column in range(m)] for pattern in combinations(range(m), n)]  # of a row
+    tiles = torch.tensor(list(product(patterns, repeat=m))).view(-1, m, m)
+    tiles = tiles[(tiles.sum(dim=1) == n).all(dim=-1)]
+    return tiles[(values.flatten(1) @ tiles.flatten(1).double().T).argmax(dim=1)]
 
 
-def _exchange(values: Tensor, n: int) -> Tensor:
-    """Greed, repair and exchange, tile by tile: bool [T, m, m] of values [T, m, m]."""
-    tiles = [_exchanged(tile, n) for tile in values.tolist()]
-    return torch.tensor(tiles, dtype=torch.bool, device=values.device).view(values.shape)
+def _by_flow(score: Tensor, n: int) -> Tensor:
+    """A best tile by passing columns on in circles: bool [T, m, m] of score [T, m, m]."""
+    values, tiles = _whole(score), []
+    orders = score.abs().flatten(1).argsort(dim=1, descending=True, stable=True)
+    for value, order in zip(values.tolist(), orders.tolist(), strict=True):
+        kept = _greedy(value, [divmod(place, len(value)) for place in order], n)
+        while _pass_on(value, kept):
+            pass
+        tiles.append(kept)
+    return torch.tensor(tiles, dtype=torch.bool).view(values.shape)
 
 
-def _exchanged(value: list[list[float]], n: int) -> list[list[bool]]:
-    """One tile. First the largest values are taken, of equals the first, as long as their row and column have room.
+def _greedy(value: list[list[float]], order: list[tuple[int, int]], n: int) -> list[list[bool]]:
+    """The places in this order as long as their row and column have room; then what is left short is filled.
 
-    That may leave a row and a column short, but never empty at each other's place. So the first such row r and column c
-    get (r, d) and (s, c) while (s, d) is given up, with the s and d that gain most. Last, pairs of rows r < s exchange two
-    columns, the best two each time, until no pair has any to gain by: no exchange of two kept for two others, the tile
-    staying legal, then makes the sum larger.
+    A row r and a column c that are short then hold each other's place. They get (r, d) and (s, c), and (s, d) is given
+    up, with the s and d that lose least; the first short row and column come first.
     """
     m = len(value)
-    places = list(product(range(m), repeat=2))
     kept = [[False] * m for _ in range(m)]
     in_row, in_column = [0] * m, [0] * m
-    for r, c in sorted(places, key=lambda place: -value[place[0]][place[1]]):
+    for r, c in order:
         if in_row[r] < n and in_column[c] < n:
             kept[r][c] = True
             in_row[r] += 1
             in_column[c] += 1
     while min(in_row) < n:
         r, c = (next(i for i, count in enumerate(counts) if count < n) for counts in (in_row, in_column))
-        movable = [(s, d) for s, d in places if kept[s][d] and not kept[s][c] and not kept[r][d]]
+        movable = [(s, d) for s, d in product(range(m), repeat=2) if kept[s][d] and not kept[s][c] and not kept[r][d]]
         s, d = max(movable, key=lambda place: value[r][place[1]] + value[place[0]][c] - value[place[0]][place[1]])
         kept[s][d], kept[s][c], kept[r][d] = False, True, True
         in_row[r] += 1
         in_column[c] += 1
-    while any([_exchange_rows(value, kept, r, s) for r, s in combinations(range(m), 2)]):
-        pass
     return kept
 
 
-def _exchange_rows(value: list[list[float]], kept: list[list[bool]], r: int, s: int) -> bool:
-    """Exchanges columns of `kept` between two rows while that gains something; whether it did."""
-    gained = False
-    more = [of_r - of_s for of_r, of_s in zip(value[r], value[s], strict=True)]
-    while True:
-        out = [c for c in range(len(more)) if kept[r][c] and not kept[s][c]]
-        into = [c for c in range(len(more)) if kept[s][c] and not kept[r][c]]
-        least, most = min(out, key=more.__getitem__, default=0), max(into, key=more.__getitem__, default=0)
-        if not more[most] > more[least]:  # also where the rows keep the same columns
-            return gained
-        for c, row in ((least, s), (most, r)):
-            kept[r][c], kept[s][c] = row == r, row == s
-        gained = True
+def _pass_on(value: list[list[float]], kept: list[list[bool]]) -> bool:
+    """Lets rows pass a column each on to the next, in a circle that gains by it; whether there was one.
+
+    Rows and columns of the tile stay full, and a tile that no such circle improves is a best one: cycle cancelling for
+    minimum-cost flow (Klein 1967). The circle is found as Bellman and Ford do, rows in their order.
+    """
+    rows = range(len(value))
+    gains = {}  # (from, to): what passing on the best column gains, and that column
+    for r, s in product(rows, repeat=2):
+        able = [c for c in rows if kept[r][c] and not kept[s][c]]
+        if able:
+            column = max(able, key=lambda c: value[s][c] - value[r][c])
+            gains[r, s] = value[s][column] - value[r][column], column
+    reach: list[float] = [0 for _ in rows]  # the gain of the best way found to here, from anywhere
+    before: dict[int, int] = {}
+    changed = True
+    while changed:
+        changed = False
+        for (r, s), (gain, _) in gains.items():
+            if reach[r] + gain > reach[s]:
+                reach[s], before[s], changed = reach[r] + gain, r, True
+        for start in rows:
+            way = [start]
+            while way[-1] in before and way[-1] not in way[:-1]:
+                way.append(before[way[-1]])
+            if way[-1] not in way[:-1]:
+                continue
+            for to, giver in pairwise(way[way.index(way[-1]) :]):
+                column = gains[giver, to][1]
+                kept[giver][column], kept[to][column] = False, True
+            return True
+    return False
 
 
 def pack(weight: Tensor, kept: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
