@@ -11,7 +11,7 @@ from common.sparsity.flops import FlopMeter, Passes, densities
 from common.sparsity.flows import Gradual, MDGFExponential, MDGFLinear, Progressive, SDGFGeometric, SDGFStepwise
 from common.sparsity.layers import NMConv2d, NMLayer, NMLinear
 from common.sparsity.meters import GradientVariance, MaskMeter, Meter
-from common.sparsity.packed import PackedFileError, load_packed, save_packed
+from common.sparsity.packed import PackedFileError, PackedLinear, load_packed, pack_, save_packed
 from common.sparsity.recipes import BDWP, SRSTE, STE, BiMask, Dense, Fixed, Transposable
 from common.sparsity.rules import Masks, Recipe, Rule
 from common.sparsity.sparsify import NMConfig, Sparsity, sparsify_
@@ -36,6 +36,7 @@ __all__ = [
     "NMLayer",
     "NMLinear",
     "PackedFileError",
+    "PackedLinear",
     "Passes",
     "Progressive",
     "Recipe",
@@ -46,6 +47,7 @@ __all__ = [
     "Transposable",
     "densities",
     "load_packed",
+    "pack_",
     "save_packed",
     "sparsify_",
 ]

@@ -6,10 +6,11 @@ The header (safetensors' metadata) says which layout the file has:
     version   1
     layers    JSON: {layer: {"n", "m", "axis", "shape"}}
 
-A packed weight `L.weight` is stored as `L.weight.values`, in the weight's dtype, [rows, groups, n], and
-`L.weight.places`, uint8: the place of each value within its group, two of 4 bits a byte (the first in the low half) for
-m <= 16 and one a byte up to m = 256. Groups lie along the layer's axis; a convolution's rows run over its other channel
-axis and the kernel positions.
+A packed weight `L.weight` is stored as `L.weight.values` and `L.weight.places`, laid out as `kernels.nm.NMTensor` has
+them, so a product can read them as they are. Groups lie along the layer's axis; a convolution's rows run over its other
+channel axis and the kernel positions.
+
+`PackedLinear` is the layer that runs on it: for inference, or for training the kept weights alone.
 """
 
 from __future__ import annotations
@@ -22,19 +23,66 @@ import torch
 from torch import Tensor, nn
 
 from common import files
-from common.sparsity.layers import NMLayer
+from common.sparsity.layers import NMLayer, NMLinear
 from common.sparsity.rules import DIMENSION, Axis
-from kernels.nm import reference
+from kernels import nm
 
-__all__ = ["PackedFileError", "load_packed", "save_packed"]
+__all__ = ["PackedFileError", "PackedLinear", "load_packed", "pack_", "save_packed"]
 
 FORMAT, VERSION = "resparse-nm", "1"
-NIBBLES = 16  # up to this m a place takes 4 bits
 LARGEST_M = 256
 
 
 class PackedFileError(ValueError):
     """A file that is not a packed model, is cut short, is of another version, or is of another model."""
+
+
+class PackedLinear(nn.Module):
+    """A Linear on a packed weight: x [..., I] -> [..., O]. `values` is a parameter, `places` a buffer.
+
+    `dense`: as kernels.nm.linear takes it; None lets its table choose.
+    """
+
+    def __init__(self, weight: nm.NMTensor, bias: Tensor | None, *, dense: bool | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.n, self.m, self.dense = weight.n, weight.m, dense
+        self.values = nn.Parameter(weight.values)
+        self.register_buffer("places", weight.places)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    def weight(self) -> nm.NMTensor:
+        """The packed weight, of the parameter's own memory."""
+        assert isinstance(self.places, Tensor)
+        return nm.NMTensor(self.values, self.places, (self.out_features, self.in_features), self.n, self.m)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nm.linear(input, self.weight, self.bias, dense=self.dense)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.n}:{self.m} packed"
+
+
+def pack_(model: nn.Module, *, dtype: torch.dtype | None = None) -> list[str]:
+    """Put a PackedLinear in the place of every sparse Linear that is N:M along its inputs, in place.
+
+    dtype  of the stored values: float32, bfloat16, or None for the weight's own
+
+    Sparse convolutions and layers grouped along their outputs stay as they are: no packed product serves them. A model
+    that is a single sparse layer cannot be packed in place.
+
+    Returns the names of the packed layers. Raises ValueError where there is none, or a layer is still on its way to the
+    hard mask.
+    """
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLinear) and layer.axis == "in"}
+    if not found or "" in found:
+        raise ValueError("pack_: got no sparse Linear along `in` inside the model; expected one made by sparsify_")
+    packed = {name: _packed(name, layer, dtype) for name, layer in found.items()}
+    for name, layer in found.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, PackedLinear(packed[name], layer.bias))
+    return list(found)
 
 
 def save_packed(model: nn.Module, path: str | Path) -> None:
@@ -52,15 +100,10 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
         raise ValueError("save_packed: the model has no sparse layer; expected one that sparsify_ was applied to")
     tensors, header = dict(model.state_dict()), {}
     for name, layer in layers.items():
-        if layer.kept is None or layer.rule.beta > 0:
-            raise ValueError(f"save_packed: {name!r} has no hard mask yet; call finalize_() on its handle first")
-        key, rule = _weight(name), layer.rule
-        if rule.m > LARGEST_M:
-            raise ValueError(f"save_packed: {name!r} is {rule.n}:{rule.m}; expected m of at most {LARGEST_M}")
-        rows = _rows(tensors.pop(key).detach(), layer.axis)
-        values, places = reference.pack(rows, _rows(layer.kept, layer.axis), rule.n, rule.m)
-        tensors[f"{key}.values"], tensors[f"{key}.places"] = values, _narrow(places, rule.m)
-        header[name] = {"n": rule.n, "m": rule.m, "axis": layer.axis, "shape": list(layer.weight.shape)}
+        packed, key = _packed(name, layer), _weight(name)
+        del tensors[key]
+        tensors[f"{key}.values"], tensors[f"{key}.places"] = packed.values, packed.places
+        header[name] = {"n": packed.n, "m": packed.m, "axis": layer.axis, "shape": list(layer.weight.shape)}
     # clones: safetensors refuses tensors that share memory, such as tied weights
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(header)}
@@ -81,11 +124,12 @@ def load_packed(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
     for name, about in header.items():
         key = _weight(name)
         values, places = tensors.pop(f"{key}.values"), tensors.pop(f"{key}.places")
-        places = _widen(places, values.shape, about["m"])
         shape, axis = torch.Size(about["shape"]), about["axis"]
-        tensors[key] = _from_rows(reference.unpack(values, places, about["m"]), shape, axis)
-        ones = reference.unpack(torch.ones_like(values), places, about["m"])
-        masks[name] = _from_rows(ones, shape, axis) > 0
+        columns = shape[DIMENSION[axis]]
+        packed = nm.NMTensor(values, places, (shape.numel() // columns, columns), about["n"], about["m"])
+        ones = nm.NMTensor(torch.ones_like(values), places, packed.shape, packed.n, packed.m)
+        tensors[key] = _from_rows(packed.to_dense(), shape, axis)
+        masks[name] = _from_rows(ones.to_dense(), shape, axis) > 0
     expected = model.state_dict()
     if wrong := sorted(
         key for key in tensors.keys() | expected.keys() if _shape(tensors.get(key)) != _shape(expected.get(key))
@@ -119,6 +163,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["layers"])
 
 
+def _packed(name: str, layer: NMLayer, dtype: torch.dtype | None = None) -> nm.NMTensor:
+    rule = layer.rule
+    if layer.kept is None or rule.beta > 0:
+        raise ValueError(f"{name!r} has no hard mask yet; call finalize_() on its handle first")
+    if rule.m > LARGEST_M:
+        raise ValueError(f"{name!r} is {rule.n}:{rule.m}; expected m of at most {LARGEST_M} to pack it")
+    weight, kept = (_rows(tensor.detach(), layer.axis) for tensor in (layer.weight, layer.kept))
+    return nm.pack(weight, rule.n, rule.m, kept, dtype=dtype)
+
+
 def _weight(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
@@ -137,17 +191,3 @@ def _from_rows(rows: Tensor, shape: torch.Size, axis: Axis) -> Tensor:
     dim = DIMENSION[axis]
     others = [size for i, size in enumerate(shape) if i != dim]
     return rows.reshape(*others, shape[dim]).movedim(-1, dim).contiguous()
-
-
-def _narrow(places: Tensor, m: int) -> Tensor:
-    """Places [rows, groups, n] as bytes: all of them, or [bytes] of two each."""
-    if m > NIBBLES:
-        return places.to(torch.uint8)
-    flat = torch.nn.functional.pad(places.to(torch.uint8).flatten(), (0, places.numel() % 2)).view(-1, 2)
-    return flat[:, 0] | flat[:, 1] << 4
-
-
-def _widen(stored: Tensor, shape: torch.Size, m: int) -> Tensor:
-    if m > NIBBLES:
-        return stored.long()
-    return torch.stack([stored & 15, stored >> 4], dim=1).flatten()[: shape.numel()].view(shape).long()

@@ -7,7 +7,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.sparsity import SRSTE, Fixed, MDGFLinear, NMConfig, PackedFileError, load_packed, save_packed, sparsify_
+from common.sparsity import (
+    SRSTE,
+    Fixed,
+    MDGFLinear,
+    NMConfig,
+    PackedFileError,
+    PackedLinear,
+    load_packed,
+    pack_,
+    save_packed,
+    sparsify_,
+)
 
 
 def model(width: int = 32) -> nn.Sequential:
@@ -122,3 +133,50 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "'0.bias' is [32] in the file and [16] in the model (7 such)" in message(whole, model(16))
     with pytest.raises(FileNotFoundError, match="save_packed"):
         load_packed(tmp_path / "none.safetensors", model())
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 40), nn.GELU(), nn.Linear(40, 64, bias=False), nn.GELU(), nn.Linear(64, 5)).to(
+        dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_model_computes_the_same(dtype):
+    net = mlp(dtype)
+    sparsify_(net, NMConfig(2, 8))
+    x = torch.randn(3, 7, 64).to(dtype)
+    expected = net(x)
+    assert pack_(net) == ["0", "2"]
+    assert isinstance(net[0], PackedLinear) and repr(net[0]).endswith("2:8 packed)")
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}  # the dense product rounds otherwise
+    torch.testing.assert_close(net(x), expected, **tolerance)
+    assert net[0].values.dtype == dtype and net[2].bias is None
+
+
+def test_a_packed_model_trains_its_kept_weights():
+    net, dense = mlp(), mlp()
+    handle = sparsify_(dense, NMConfig(2, 8, recipe=Fixed()))
+    sparsify_(net, NMConfig(2, 8, recipe=Fixed()))
+    pack_(net)
+    x = torch.randn(16, 64)
+    for model_ in (net, dense):
+        optimizer = torch.optim.SGD(model_.parameters(), 0.1)
+        model_(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(net[0].weight.to_dense(), dense[0].weight * handle.masks()["0"])
+
+
+def test_what_cannot_be_packed_in_place():
+    with pytest.raises(ValueError, match="no sparse Linear"):
+        pack_(mlp())
+    net = mlp()
+    sparsify_(net, NMConfig(1, 8, recipe=MDGFLinear(10)))
+    with pytest.raises(ValueError, match="'0' has no hard mask yet; call finalize_"):
+        pack_(net)
+    assert type(net[2]).__name__ == "NMLinear"
+    single = nn.Linear(64, 8)
+    sparsify_(single, NMConfig(1, 8, where=lambda name, layer: True))
+    with pytest.raises(ValueError, match="inside the model"):
+        pack_(single)
