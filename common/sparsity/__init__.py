@@ -13,6 +13,7 @@ from common.sparsity.layers import NMConv2d, NMLayer, NMLinear
 from common.sparsity.meters import GradientVariance, MaskMeter, Meter
 from common.sparsity.packed import PackedFileError, PackedLinear, load_packed, pack_, save_packed
 from common.sparsity.recipes import BDWP, SRSTE, STE, BiMask, Dense, Fixed, Transposable
+from common.sparsity.report import LayerReport, Report, report
 from common.sparsity.rules import Masks, Recipe, Rule
 from common.sparsity.sparsify import NMConfig, Sparsity, sparsify_
 
@@ -26,6 +27,7 @@ __all__ = [
     "FlopMeter",
     "GradientVariance",
     "Gradual",
+    "LayerReport",
     "MDGFExponential",
     "MDGFLinear",
     "MaskMeter",
@@ -40,6 +42,7 @@ __all__ = [
     "Passes",
     "Progressive",
     "Recipe",
+    "Report",
     "Rule",
     "SDGFGeometric",
     "SDGFStepwise",
@@ -48,6 +51,7 @@ __all__ = [
     "densities",
     "load_packed",
     "pack_",
+    "report",
     "save_packed",
     "sparsify_",
 ]
