@@ -25,48 +25,43 @@ def look(arm: str) -> dict:
 
 
 def schedules(recipes: Mapping[str, Recipe], n: int, m: int, steps: int) -> Figure:
-    """How much of the weights takes part in each step: beta of the mask flows, the density of the structure flows."""
+    """Step by step: beta of the mask flows; the density of the structure flows; the length of their groups."""
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
-    at = np.arange(steps)
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
+    at = range(steps)
     for arm in ("linear", "exponential"):
         left.plot(at, [recipes[arm].rule(s, n, m).beta for s in at], label=LABELS[arm], **look(arm))
-    for arm in ("stepwise", "stepwise_released"):
-        right.step(at, [recipes[arm].rule(s, n, m).n / m for s in at], where="post", label=LABELS[arm], **look(arm))
-    blocks = [recipes["geometric"].rule(s, n, m).m / m for s in at]
-    right.plot(at, np.full(steps, n / m), label=LABELS["geometric"], **look("geometric"))
-    for start in [0, *(np.flatnonzero(np.diff(blocks)) + 1)]:
-        k = int(blocks[start])
-        right.annotate(f"{k * n}:{k * m}", (start, n / m), (start, n / m + 0.06), fontsize="x-small")
+    for arm in ("stepwise", "stepwise_released", "geometric"):
+        rules = [recipes[arm].rule(s, n, m) for s in at]
+        middle.step(at, [rule.n / rule.m for rule in rules], where="post", label=LABELS[arm], **look(arm))
+        right.step(at, [rule.m for rule in rules], where="post", **look(arm))
     left.set(xlabel="step", ylabel="β: what a pruned weight counts", title="mask decay")
-    right.set(xlabel="step", ylabel="share of weights kept", ylim=(0, 1.02), title="structure decay")
-    left.legend(), right.legend()
+    middle.set(xlabel="step", ylabel="share of weights kept", ylim=(0, 1.02), title="structure decay")
+    right.set(xlabel="step", ylabel="weights in a group", yscale="log", title="structure decay: blocks")
+    right.set_yticks([m, 2 * m, 4 * m, 8 * m], [m, 2 * m, 4 * m, 8 * m])
+    right.minorticks_off()
+    left.legend(fontsize="small"), middle.legend(fontsize="small")
     return fig
 
 
 def against_sparsity(
-    ax: Axes, scores: Mapping[tuple[str, str], Sequence[float]], patterns: Sequence[str], arms: Sequence[str]
+    ax: Axes,
+    values: Mapping[tuple[str, str], Sequence[float]],
+    patterns: Sequence[str],
+    arms: Sequence[str],
+    *,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> Axes:
-    """A line an arm over the patterns, mean over seeds with its 95 % band; scores by (arm, pattern)."""
+    """A line an arm over the patterns: mean and 95 % band over seeds, cut at `bounds`; values by (arm, pattern)."""
     ordered = sorted(patterns, key=lambda text: pattern_of(text)[0] / pattern_of(text)[1], reverse=True)
     places = np.arange(len(ordered))
     for arm in arms:
-        found = [stats.interval(scores[arm, pattern]) for pattern in ordered]
+        found = [stats.interval(values[arm, pattern]) for pattern in ordered]
         ax.plot(places, [i.mean for i in found], marker="o", label=LABELS[arm], **look(arm))
-        if all(i.n > 1 for i in found):
-            ax.fill_between(
-                places,
-                [i.low for i in found],
-                [i.high for i in found],
-                color=look(arm)["color"],
-                alpha=0.15,
-                linewidth=0,
-            )
-    dense = stats.interval(next(values for (arm, _), values in scores.items() if arm == "dense"))
-    ax.axhline(dense.mean, label="dense", **look("dense"))
-    if dense.n > 1:
-        ax.axhspan(dense.low, dense.high, color=look("dense")["color"], alpha=0.12, linewidth=0)
+        low, high = np.clip([i.low for i in found], *bounds), np.clip([i.high for i in found], *bounds)
+        if np.isfinite(low).all():  # a single seed has no band
+            ax.fill_between(places, low, high, color=look(arm)["color"], alpha=0.15, linewidth=0)
     ax.set_xticks(places, ordered)
     ax.set(xlabel="n:m of the feed-forward layers")
     ax.legend(fontsize="small")
@@ -79,12 +74,11 @@ def against_products(ax: Axes, points: Mapping[str, tuple[float, Sequence[float]
         found = stats.interval(values)
         bars = [[found.mean - found.low], [found.high - found.mean]] if found.n > 1 else None
         index = ORDER.index(arm)
-        color, marker = plots.COLORS[index % 7], plots.MARKERS[index % 7]
-        ax.errorbar(
-            [share], [found.mean], yerr=bars, marker=marker, color=color, capsize=3, linestyle="", label=LABELS[arm]
-        )
+        face = "white" if index >= 7 else plots.COLORS[index]  # more arms than colours
+        mark = {"marker": plots.MARKERS[index % 7], "color": plots.COLORS[index % 7], "markerfacecolor": face}
+        ax.errorbar([share], [found.mean], yerr=bars, capsize=3, linestyle="", label=LABELS[arm], **mark)
     ax.set(xlabel="products of the training, over dense")
-    ax.legend(fontsize="x-small", ncols=2)
+    ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     return ax
 
 

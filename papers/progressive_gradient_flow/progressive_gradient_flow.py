@@ -76,7 +76,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 
 from common import params as parameters
-from common import plots
+from common import plots, stats
 from common.record import Record
 from papers.progressive_gradient_flow import data, evaluation, experiment, figures, method
 from papers.progressive_gradient_flow.settings import Params
@@ -123,8 +123,8 @@ for seed in range(3):
         record.metric("planted_found", found[flow][-1][-1], variant=flow, seed=seed)
 fig, ax = plt.subplots(figsize=(7, 3.4))
 plots.curves(ax, {flow: (range(1, evaluation.STEPS + 1), rows) for flow, rows in found.items()})
-ax.set(xlabel="step", ylabel="share of the teacher's places", ylim=(0.5, 1.01), title="one layer, 1:16")
-record.figure("one-layer", fig, "Share of a 1:16 teacher's places that the mask of a student has found, three teachers.")
+ax.set(xlabel="step", ylabel="share of the teacher's places", ylim=(0.8, 1.005), title="one layer, 1:16")
+record.figure("one-layer", fig, "Share of a 1:16 teacher's places that a student's mask has found, three teachers.")
 
 # %% [markdown]
 # One layer has no trouble: without noise from other layers all three find nearly everything. What differs are deep
@@ -170,12 +170,12 @@ for arm in ("stepwise", "stepwise_released"):
 # %% [markdown]
 # **The gradient.** Differentiating $\widetilde W$ gives a pruned weight $\beta\,\partial L/\partial\widetilde W$. The
 # released code gives it the whole $\partial L/\partial\widetilde W$, with a comment that asks whether this is right. We
-# call the first `scaled` and the second `ste`, and train both. At $\beta = 0.05$:
+# call the first `scaled` and the second `ste`, and train both. The norm of what pruned weights get at $\beta = 0.05$:
 
 # %%
-record.metric("pruned_gradient", 1.0, variant="ste")
-record.metric("pruned_gradient", evaluation.pruned_gradient(0.05), variant="scaled")
-print(f"scaled / ste: {evaluation.pruned_gradient(0.05):.4f}")
+for mode in ("ste", "scaled"):
+    record.metric("pruned_gradient", evaluation.pruned_gradient(0.05, mode), variant=mode)
+    print(f"{mode}: {evaluation.pruned_gradient(0.05, mode):.4f}")
 
 # %% [markdown]
 # ## 4. The experiment
@@ -227,7 +227,11 @@ for name, row in scores.items():
 
 # %%
 fig, ax = plt.subplots(figsize=(7.5, 4.2))
-figures.against_sparsity(ax, scores["images"], params.patterns, params.arms)
+figures.against_sparsity(ax, scores["images"], params.patterns, params.arms, bounds=(0, 100))
+alone = stats.interval(scores["images"][experiment.DENSE, main])
+ax.axhline(alone.mean, **figures.look(experiment.DENSE))
+ax.axhspan(max(0, alone.low), min(100, alone.high), color=figures.look(experiment.DENSE)["color"], alpha=0.1)
+ax.annotate("dense", (0, alone.mean), xytext=(0, 3), textcoords="offset points", fontsize="small")
 ax.set(ylabel="top-1 accuracy, %", title=f"{params.dataset}: the sparser, the lower?")
 record.figure("against-sparsity", fig, "Accuracy on test images against the pattern, mean and 95 % band over seeds.")
 
@@ -238,21 +242,16 @@ record.figure("against-sparsity", fig, "Accuracy on test images against the patt
 compared = [arm for arm in params.arms if arm != "sr_ste"]
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=[1.3, 1])
 lead = {
-    label[arm]: {
-        k: [a - b for a, b in zip(scores["images"][arm, p], scores["images"]["sr_ste", p], strict=True)]
-        for k, p in enumerate(params.patterns)
-    }
-    for arm in compared
+    (arm, pattern): [a - b for a, b in zip(values, scores["images"]["sr_ste", pattern], strict=True)]
+    for (arm, pattern), values in scores["images"].items()
+    if arm != experiment.DENSE
 }
-plots.metric_against(axes[0], range(len(params.patterns)), lead)
+figures.against_sparsity(axes[0], lead, params.patterns, compared)
 axes[0].axhline(0, color="black", linewidth=0.8)
-axes[0].set_xticks(range(len(params.patterns)), params.patterns)
-axes[0].set(xlabel="n:m", ylabel="accuracy above SR-STE's, points", title="lead over SR-STE")
+axes[0].set(ylabel="points above SR-STE", title="lead over SR-STE")
 at_main = [arm for arm in dict.fromkeys((*params.arms, *params.main_arms)) if arm != "sr_ste"]
 for place, arm in enumerate(at_main):
-    pairs = zip(scores["images"][arm, main], scores["images"]["sr_ste", main], strict=True)
-    values = [a - b for a, b in pairs]
-    axes[1].plot(values, [place] * len(values), "o", color=figures.look(arm)["color"])
+    axes[1].plot(lead[arm, main], [place] * len(params.seeds), "o", color=figures.look(arm)["color"])
 axes[1].axvline(0, color="black", linewidth=0.8)
 axes[1].set_yticks(range(len(at_main)), [label[arm] for arm in at_main], fontsize="small")
 axes[1].invert_yaxis()
