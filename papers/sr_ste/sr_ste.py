@@ -292,6 +292,15 @@ record.figure("unrest", fig, "How far the choice has moved, and how much of it c
 # %% [markdown]
 # And what it does to the result. The decay of all other arms (1 x) was chosen on held-out training images with a seed
 # that is not used here.
+#
+# How large may $\lambda_W$ be? The pull is part of the gradient, so it goes through momentum $\mu$. A left-out weight
+# whose gradient is zero then follows $w_{t+1}=(1+\mu-\gamma\lambda_W)\,w_t-\mu\,w_{t-1}$. It creeps to zero up to
+# $\gamma\lambda_W=(1-\sqrt\mu)^2$; beyond, it swings through zero, and more pull shrinks it no faster than by the
+# factor $\sqrt\mu$ a step.
+
+# %%
+limit = (1 - params.momentum**0.5) ** 2 / params.learning_rate
+print(f"lambda_W {params.decay:g}; left-out weights swing from {limit:.3g} on, at the peak learning rate")
 
 # %%
 if params.sweep:
