@@ -175,7 +175,7 @@ class Text(Task):
 
     def batches(self, seed: int, steps: int) -> Iterator[Tensor]:
         p, draw = self.params, seeds.generator(seed, "windows")
-        windows = max(1, p.batch // 4)  # as many tokens as a batch of images of 16 patches has at a context of 64
+        windows = max(1, p.batch // 8)  # of 64 tokens each: half as many as a batch of images of 16 patches has
         return text.random_windows(self.corpus.train, length=p.context + 1, batch=windows, steps=steps, generator=draw)
 
     def loss(self, network: nn.Module, batch: Tensor) -> Tensor:

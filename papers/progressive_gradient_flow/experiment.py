@@ -114,7 +114,8 @@ def train(params: Params, task: Task, arm: str, pattern: str, seed: int, *, prog
     recipe = recipe_of(params, arm, steps)
     handle = sparsify_(network, NMConfig(n, m, where=task.sparse, recipe=recipe, refresh=params.refresh))
     variance, moved = GradientVariance(handle, every=params.probe), MaskMeter(handle, every=params.probe)
-    optimizer = torch.optim.AdamW(network.parameters(), task.learning_rate, weight_decay=params.weight_decay)
+    decay = params.weight_decay
+    optimizer = torch.optim.AdamW(network.parameters(), task.learning_rate, weight_decay=decay, fused=True)
     started = time.perf_counter()
     losses = fit(
         network,
