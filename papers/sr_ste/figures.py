@@ -44,7 +44,7 @@ def sweep(ax: Axes, multiples: Sequence[float], rows: Sequence[Sequence[float]],
     """A measure against the multiple of lambda_W, evenly spaced."""
     bars(ax, range(len(multiples)), rows, "", index)
     ax.set_xticks(range(len(multiples)), [f"{x:g}" for x in multiples])
-    ax.set(xlabel="multiple of our $\\lambda_W$ (0 is STE)", ylabel=ylabel)
+    ax.set(xlabel="multiple of the run's $\\lambda_W$ (0 is STE)", ylabel=ylabel)
     return ax
 
 

@@ -16,7 +16,7 @@ class Params:
         dataset          digits (comes with scikit-learn), cifar10 (registered, a subset), imagenet (a folder of yours)
         data_dir         ImageNet's folder with train/ and val/; empty for the others
         size             pixels a side; cifar10 is averaged down to it
-        validation       images held out of training, balanced; the decay was tuned on them. 0: none (imagenet)
+        validation       images held out of training, balanced; the decay was chosen on them. 0: none (imagenet)
         augment          random crops and mirrors in training
 
     Network

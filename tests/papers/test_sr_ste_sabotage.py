@@ -32,14 +32,14 @@ RIGHT = {
     "sr_ste/4:8": 77.4,
     "sr_ste/2:8": 76.4,
     "sr_ste/1:4": 75.9,
-    "sr_ste/1:8": 73.0,
+    "sr_ste/1:8": 71.5,
     "sr_ste/1:16": 70.0,
     "ste/2:4": 76.0,
     "ste/1:8": 71.0,
     "ste/1:16": 67.0,
     "by_position/2:4": 77.1,
-    "sr_ste/1:8x0.01": 71.1,
-    "sr_ste/1:8x10": 70.0,
+    "sr_ste/1:8x10": 74.0,
+    "sr_ste/1:8x1000": 70.0,
     "resnet18/sr_ste/2:4": 71.2,
     "resnet18/ste/2:4": 69.9,
 }
@@ -108,10 +108,10 @@ def trained(recipe: str, decay: float, seed: int) -> dict:
 
 def moved(metric: str, **changes: tuple[str, float]) -> dict:
     """How far the choice moved in the arms of the sweep; a change gives an arm another recipe and decay."""
-    arms = {"dense": ("dense", 0.0), "ste": ("ste", 0.0), "tenth": ("sr_ste", 0.005)}
-    arms |= {"ours": ("sr_ste", 0.05), "tenfold": ("sr_ste", 0.5)} | changes
-    names = {"dense": "dense", "ste": "ste/1:8"}
-    names |= {"tenth": "sr_ste/1:8x0.1", "ours": "sr_ste/1:8", "tenfold": "sr_ste/1:8x10"}
+    arms = {"dense": ("dense", 0.0), "ste": ("ste", 0.0), "once": ("sr_ste", 0.005)}
+    arms |= {"tenfold": ("sr_ste", 0.05), "hundredfold": ("sr_ste", 0.5)} | changes
+    names = {"dense": "dense", "ste": "ste/1:8", "once": "sr_ste/1:8"}
+    names |= {"tenfold": "sr_ste/1:8x10", "hundredfold": "sr_ste/1:8x100"}
     found = {names[arm]: [trained(*how, seed)[metric] for seed in SEEDS] for arm, how in arms.items()}
     return {metric: {name: seeded(row) for name, row in found.items()}}
 
@@ -192,8 +192,8 @@ SABOTAGE = {
     "planted-flips-fall-with-lambda": lambda: (planted(), planted(large=0.0)),
     "planted-too-much-freezes": lambda: (planted(), planted(large=0.3)),
     # small trainings
-    "sad-falls-with-lambda": lambda: (moved("sad"), moved("sad", tenfold=("ste", 0.0))),
-    "flips-fall-with-lambda": lambda: (moved("flips"), moved("flips", tenfold=("ste", 0.0))),
+    "sad-falls-with-lambda": lambda: (moved("sad"), moved("sad", hundredfold=("ste", 0.0))),
+    "flips-fall-with-lambda": lambda: (moved("flips"), moved("flips", hundredfold=("ste", 0.0))),
     "ste-flickers-more-than-dense": lambda: (moved("flips"), moved("flips", ste=("dense", 0.0))),
     # at a known accuracy
     "two-four-loses-nothing": lambda: spoilt("sr_ste/2:4", "ste/2:4"),
@@ -202,8 +202,8 @@ SABOTAGE = {
     "over-ste-2-4-small": lambda: spoilt("sr_ste/2:4", "ste/2:4"),
     "over-ste-1-8-small": lambda: spoilt("sr_ste/1:8", "ste/1:8"),
     "over-ste-1-16-small": lambda: spoilt("sr_ste/1:16", "ste/1:16"),
-    "moderate-lambda-is-best": lambda: spoilt("sr_ste/1:8", "ste/1:8"),
-    "published-lambda-needs-the-published-length": lambda: spoilt("sr_ste/1:8x0.01", "sr_ste/1:8"),
+    "moderate-lambda-is-best": lambda: spoilt("sr_ste/1:8x10", "ste/1:8"),
+    "published-lambda-needs-the-published-length": lambda: spoilt("sr_ste/1:8", "sr_ste/1:8x10"),
     "four-eight-over-two-four": lambda: spoilt("sr_ste/4:8", "sr_ste/2:4"),
     "four-eight-over-two-four-small": lambda: spoilt("sr_ste/4:8", "sr_ste/2:4"),
     "two-eight-over-one-four": lambda: spoilt("sr_ste/2:8", "sr_ste/1:4"),
