@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import data as datasets
 from common import seeds
@@ -16,7 +17,7 @@ from common.data.text import Corpus
 from common.models.causal_lm import CausalLM
 from papers.cast.settings import Params
 
-__all__ = ["corpus", "hashes", "second_text", "test_text", "windows"]
+__all__ = ["corpus", "hashes", "identity", "second_text", "test_text", "windows"]
 
 GENERATED, GENERATED_TOKENS = "markov", 10  # few enough that a minute of training learns them
 
@@ -57,6 +58,14 @@ def hashes(params: Params, texts: Corpus) -> dict[str, str]:
     known = datasets.registry()
     content = torch.cat([texts.train, texts.validation, texts.test]).numpy().tobytes()
     return {name: known[name].sha256 if name in known else hashlib.sha256(content).hexdigest() for name in names}
+
+
+def identity(params: Params, network: nn.Module) -> tuple[str, str]:
+    """The name of a model of transformers, such as gpt2 or llama_2_7b_hf, and the sha256 of its weights."""
+    content = hashlib.sha256()
+    for parameter in network.parameters():
+        content.update(parameter.detach().cpu().numpy().tobytes())
+    return re.sub(r"\W+", "_", Path(params.model).name).lower(), content.hexdigest()
 
 
 def _folder(params: Params) -> Corpus:
