@@ -336,7 +336,7 @@ record.figure("products", fig, f"Accuracy against the products of the whole trai
 #
 # Each claim, judged. *Not tested* names what a claim would need; *refuted* and *inconclusive* are results. Remember the
 # scale: at `smoke` nothing is learned yet; at `laptop` a network of a hundred thousand parameters has seen each of
-# twelve thousand images five times, which is far from ViT-B after 350 epochs of ImageNet.
+# twelve thousand images four times, which is far from ViT-B after 350 epochs of ImageNet.
 
 # %%
 record.close()
