@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines import scene
+from pipelines import scene, sparsify
 
 # Other imports of ours stand inside the commands: `resparse --help` must not wait for torch.
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Data sets: what is known, what is here, where it lies.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(scene.app, name="scene")
+app.command("sparsify")(sparsify.sparsify)
 
 Slug = Annotated[str, typer.Argument(help="the paper's folder under papers/, for instance gloredi")]
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="a registered name, see `resparse data list`")]

@@ -1,0 +1,380 @@
+"""`resparse sparsify` on tiny models made here: every method, the round trip, going on after a stop, and mistakes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_pretrained import write_images, write_language_models
+from torch import nn
+from typer.testing import CliRunner
+
+from common.sparsity import PackedFileError, PackedLinear, pretrained
+from common.sparsity.pretrained import load
+from pipelines import cli, sparsify_report, sparsify_tasks
+
+pytestmark = pytest.mark.filterwarnings("default")  # other people's packages warn about themselves
+
+SMALL = ("--length", "16", "--batch", "2", "--calibration", "5", "--held-out", "200", "--steps", "4", "--device", "cpu")
+IN_BLOCKS = 14  # of the Llama below: two layers of seven
+
+
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsify_report, "ROUNDS", (2, 2))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_language_models(tmp_path_factory.mktemp("sparsify"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def invoke(*arguments: object) -> Any:
+    typed = ["sparsify", *map(str, arguments)]
+    return CliRunner().invoke(cli.app, typed, env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def done(*arguments: object) -> str:
+    """The output of a run that has to succeed."""
+    result = invoke(*arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*arguments: object) -> str:
+    """The one line that `main` would print."""
+    error = invoke(*arguments).exception
+    assert error is not None and not isinstance(error, SystemExit)
+    assert cli._is_for_users(error), f"would be shown with its traceback: {error!r}"
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def packed(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+
+
+def original(folder: Path) -> Any:
+    return pretrained.open_model(str(folder)).network
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "srste", "cast"])
+def test_each_method_ends_in_a_packed_model_that_loads(method: str, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = done("--model", place / "llama", "--data", place / "text.txt", "--method", method, "--out", out, *SMALL)
+    assert f"{IN_BLOCKS} become 2:8 by {method}" in said and "lm_head: dense" in said
+    assert "before   perplexity" in said and "after    perplexity" in said and f'load("{out}")' in said
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("REPORT.md", "config.json", "packed.safetensors", "report.json", "resparse.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+    model, coder = load(out)
+    layers = packed(model)
+    assert len(layers) == IN_BLOCKS and not model.training
+    assert coder.decode(coder("some text").input_ids) == "some text"
+    before = original(place / "llama")
+    for name, layer in layers.items():
+        dense, weight = before.get_submodule(name).weight.detach(), layer.weight.to_dense().detach()
+        kept = (weight != 0).unflatten(1, (-1, 8)).sum(-1)
+        assert int(kept.max()) <= 2 and torch.isfinite(weight).all()
+        if method == "magnitude":
+            size = dense.abs().unflatten(1, (-1, 8))
+            largest = (size >= size.topk(2, dim=-1).values[..., -1:]).flatten(1)
+            assert torch.equal(weight, dense * largest)
+        elif method == "wanda":
+            assert torch.equal(weight, dense.where(weight != 0, torch.zeros(())))
+        else:
+            assert not torch.equal(weight, dense.where(weight != 0, torch.zeros(())))
+    with torch.no_grad():
+        assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
+
+
+def test_the_report_holds_what_was_measured(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = done("--model", place / "llama", "--data", place / "text.txt", "--n", 1, "--m", 4, "--out", out, *SMALL)
+    found = json.loads((out / "report.json").read_text())
+    assert found["options"]["method"] == "wanda" and found["metric"] == "perplexity"
+    assert found["loaded"] == pytest.approx(found["pruned"], rel=1e-4)  # sums in another order
+    assert 0 < found["difference"] < 1e-4 * found["largest"] or found["difference"] == 0
+    assert found["before"] != found["loaded"]
+    inside = sum(p.numel() for name, p in original(place / "llama").named_parameters() if "_proj" in name)
+    assert found["weights"] - found["kept"] == inside * 3 // 4
+    assert found["file_bytes"] < found["dense_bytes"]
+    cases = [(row["inputs"], row["model"]) for row in found["speeds"]]
+    kinds = ("dense float32", "packed float32", "dense bfloat16")
+    assert cases == list(itertools.product(("1 token", "16 tokens"), kinds))
+    assert all(row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2] for row in found["speeds"])
+    written = (out / "REPORT.md").read_text()
+    for text in ("whole model:", "packed float32", "lm_head"):
+        assert text in written and text in said
+
+
+def test_a_bfloat16_model_with_conv1d_and_a_tied_head(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--model", place / "gpt2", "--data", place / "text.txt", "--out", out, *SMALL)
+    assert "8 become 2:8 by magnitude" in done(*arguments, "--method", "magnitude")
+    model, _ = load(out)
+    assert set(packed(model)) == {
+        f"transformer.h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.transformer.wte.weight
+    with safe_open(out / "packed.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert "transformer.wte.weight" in names and "lm_head.weight" not in names
+
+
+def test_chosen_layers_alone_are_pruned(place: Path, tmp_path: Path) -> None:
+    chosen = ("--where", "model.layers.*.mlp.*", "--where", "*.0.self_attn.q_proj")
+    done("--model", place / "llama", "--data", place / "text.txt", "--out", tmp_path / "out", *chosen, *SMALL)
+    names = set(packed(load(tmp_path / "out")[0]))
+    assert len(names) == 7 and {name.split(".")[3] for name in names} == {"mlp", "self_attn"}
+
+
+# --------------------------------------------------------------------------------------------------------- classifiers
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "srste"])
+def test_a_classifier_of_torchvision(method: str, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = done(
+        *("--model", "torchvision:shufflenet_v2_x0_5", "--weights", images / "shuffle.pt", "--out", out),
+        *("--data", images / "photos", "--size", 32, "--n", 2, "--m", 4, "--method", method, "--steps", 3),
+        *("--batch", 4, "--calibration", 6, "--device", "cpu"),
+    )
+    assert "15 images to train on, 3 of 3 held out" in said and "before   accuracy" in said
+    assert "1 image" in said and "no packed product for this kind of layer" in said
+    model, coder = load(out)
+    assert coder is None and not packed(model)  # convolutions, and the head stays dense
+    state = torch.load(images / "shuffle.pt", weights_only=True)
+    weight = model.get_submodule("stage2.0.branch2.0").weight.detach()
+    assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2
+    if method != "srste":
+        assert torch.equal(weight, state["stage2.0.branch2.0.weight"] * (weight != 0))
+        assert torch.equal(model.get_submodule("fc").weight, state["fc.weight"])
+
+
+def test_a_transformer_of_timm_from_folders_for_training_and_validation(images: Path, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+
+    for part, index, colour in itertools.product(("train", "val"), (0, 1), ("red", "green", "blue")):
+        (tmp_path / "data" / part / colour).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / part / colour / f"{index}.png").symlink_to(images / "photos" / colour / f"{index}.png")
+    name = "vit_tiny_patch16_224"
+    save_file(timm.create_model(name, num_classes=3).state_dict(), tmp_path / "vit.safetensors")
+    blocks = ("--where", "blocks.0.*")
+    said = done(
+        *("--model", f"timm:{name}", "--weights", tmp_path / "vit.safetensors", "--data", tmp_path / "data"),
+        *("--out", tmp_path / "out", "--method", "cast", "--steps", 2, "--batch", 2, "--device", "cpu", *blocks),
+    )
+    assert "6 images to train on, 6 of 6 held out are scored, 224 x 224" in said
+    model, _ = load(tmp_path / "out")
+    assert set(packed(model)) == {f"blocks.0.{layer}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+
+
+# --------------------------------------------------------------------------------------------------- going on, breaking
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the batch of this step is fetched."""
+    whole = sparsify_tasks.Text.batches
+
+    def cut(self: Any, steps: int, begin: int) -> Iterator[torch.Tensor]:
+        for index, batch in enumerate(whole(self, steps, begin), start=begin):
+            if steps == 6 and index == step:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(sparsify_tasks.Text, "batches", cut)
+
+
+def training(place: Path, out: Path, method: str = "srste") -> tuple[object, ...]:
+    """GPT-2 has dropout, so that the random numbers' state matters."""
+    small = [part if part != "4" else "6" for part in SMALL]
+    return ("--model", place / "gpt2", "--data", place / "text.txt", "--method", method, "--out", out, *small)
+
+
+@pytest.mark.parametrize("method", ["srste", "cast"])
+def test_a_stopped_training_goes_on_as_if_nothing_had_been(
+    method: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        stopped = invoke(*training(place, tmp_path / "stopped", method))
+    assert stopped.exit_code == 130 and "what was reached is kept" in stopped.output
+    assert (tmp_path / "stopped" / "training.pt").is_file()
+    said = invoke(*training(place, tmp_path / "stopped", method))
+    assert said.exit_code == 0 and "4/6" in said.output
+    assert not (tmp_path / "stopped" / "training.pt").exists()
+    done(*training(place, tmp_path / "whole", method))
+    ours, theirs = (load_file(tmp_path / name / "packed.safetensors") for name in ("stopped", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_broken_training_keeps_its_last_good_checkpoint(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        invoke(*training(place, out))
+    line = refused(*training(place, out), "--lr", "1e30")
+    assert "not finite in step 5 of 6 at learning rate 1e+30" in line and "the last good state, after step 3" in line
+    assert "smaller --lr" in line
+    assert torch.load(out / "training.pt", weights_only=True)["step"] == 3
+    assert "3/6" in invoke(*training(place, out)).output and (out / "resparse.json").is_file()
+
+
+def test_a_training_does_not_go_on_with_other_settings(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        invoke(*training(place, tmp_path / "out"))
+    line = refused(*training(place, tmp_path / "out"), "--n", 1)
+    assert "holds an unfinished training with n 2, now 1; give the same as then" in line
+    (tmp_path / "out" / "training.pt").write_bytes(b"cut short")
+    assert "training.pt cannot be read" in refused(*training(place, tmp_path / "out"))
+
+
+def test_a_loaded_model_that_computes_something_else_is_found_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pretrained.load
+
+    def wrong(folder: Path) -> Any:
+        model, coder = whole(folder)
+        with torch.no_grad():
+            for layer in packed(model).values():
+                layer.values.mul_(1.1)
+        return model, coder
+
+    monkeypatch.setattr(pretrained, "load", wrong)
+    line = refused("--model", place / "llama", "--data", place / "text.txt", "--out", tmp_path / "out", *SMALL)
+    assert line.startswith("the loaded model computes something else: outputs differ by up to")
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--n", 9), "got 9:8; expected 1 <= n < m <= 256"),
+        (("--m", 7), "7 does not divide its 64 input channels"),
+        (("--where", "*.mlp.down_proj", "--m", 64), "64 does not divide its 96 input channels; choose another m"),
+        (("--where", "model.layers.0.mlp.up"), "unknown layer 'model.layers.0.mlp.up'; expected one of 15 names"),
+        (("--method", "sparsgpt"), "expected one of magnitude, wanda, sparsegpt, srste, cast; did you mean sparsegpt?"),
+        (("--length", 65), "--length 65: the model sees 64 tokens at most"),
+        (("--data", "nowhere.txt"), "--data nowhere.txt: no such file or folder, and no registered text"),
+        (("--model", "./nowhere"), "./nowhere: no such folder; expected a model in the layout of transformers"),
+        (("--weights", "x.pt"), "a language model's weights lie in its folder"),
+        (("--model", "torchvision:resnet19"), "no folder of classes"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: tuple[object, ...], message: str, place: Path, tmp_path: Path
+) -> None:
+    usual = ("--model", place / "llama", "--data", place / "text.txt", "--out", tmp_path / "out", *SMALL)
+    assert message in refused(*usual, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_tokenizer_and_short_texts(place: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    usual = ("--data", place / "text.txt", *SMALL)
+    assert "holds no config.json" in refused("--model", bare, *usual)
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(place / "gpt2" / name)
+    assert "holds no tokenizer" in refused("--model", bare, *usual)
+    (tmp_path / "short.txt").write_text("a" * 150)
+    line = refused("--model", place / "llama", "--data", tmp_path / "short.txt", *SMALL)
+    assert "is too short: 15 tokens held out, expected more than the context of 16" in line
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
+    assert "no text in UTF-8" in refused("--model", place / "llama", "--data", tmp_path / "latin.txt", *SMALL)
+
+
+def test_a_model_that_is_not_here_off_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def gone(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to the hub\nand more lines of advice")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", gone)
+    line = refused("--model", "nobody/nothing", "--data", place / "text.txt", *SMALL)
+    assert "nobody/nothing cannot be loaded (We couldn't connect to the hub). Download it once on a machine" in line
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(place: Path, tmp_path: Path) -> None:
+    usual = ("--model", place / "llama", "--data", place / "text.txt", *SMALL)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds something else already; expected a new folder" in refused(*usual, "--out", tmp_path)
+    assert "is a file; expected a new folder" in refused(*usual, "--out", tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    done(*usual, "--out", tmp_path / "out", "--method", "magnitude")
+    assert "holds a finished model already" in refused(*usual, "--out", tmp_path / "out")
+
+
+def test_classifiers_that_do_not_fit(images: Path, tmp_path: Path) -> None:
+    usual = ("--data", images / "photos", "--size", 32, "--batch", 4, "--device", "cpu", "--out", tmp_path / "out")
+    ours = ("--model", "torchvision:shufflenet_v2_x0_5", "--weights", images / "shuffle.pt", *usual)
+    assert "did you mean 'resnet18'?" in refused("--model", "torchvision:resnet19", *usual)
+    assert "no such file; expected a state dict" in refused(*ours, "--weights", "nowhere.pt")
+    line = refused(*ours, "--model", "torchvision:shufflenet_v2_x1_0")
+    assert "in shufflenet_v2_x1_0 for 3 classes" in line and "expected the state dict of that model" in line
+    assert "no layer of shufflenet_v2_x0_5 is left for cast" in refused(*ours, "--method", "cast")
+    (tmp_path / "two" / "a").mkdir(parents=True)
+    (tmp_path / "two" / "b").mkdir()
+    line = refused(*ours, "--data", tmp_path / "two")
+    assert "for 2 classes" in line and not (tmp_path / "out").exists()
+
+
+def test_load_refuses_what_it_cannot_read(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a folder written by `resparse sparsify`"):
+        load(tmp_path)
+    out = tmp_path / "out"
+    done("--model", place / "llama", "--data", place / "text.txt", "--out", out, "--method", "magnitude", *SMALL)
+    whole, about = (out / "packed.safetensors").read_bytes(), json.loads((out / "resparse.json").read_text())
+    (out / "packed.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PackedFileError, match="cut short"):
+        load(out)
+    (out / "resparse.json").write_text(json.dumps(about | {"version": 2}))
+    with pytest.raises(PackedFileError, match="version 2; this code reads"):
+        load(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def test_a_text_is_split_by_position_unless_a_file_is_the_test(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("b" * 10)
+    (tmp_path / "a.txt").write_text("a" * 10)
+    (tmp_path / "notes.md").write_text("no text")
+    assert sparsify_tasks.texts(str(tmp_path)) == ("a" * 10 + "b" * 8, "b" * 2)
+    assert sparsify_tasks.texts(str(tmp_path / "a.txt")) == ("a" * 9, "a")
+    (tmp_path / "test.txt").write_text("held")
+    assert sparsify_tasks.texts(str(tmp_path)) == ("a" * 10 + "b" * 10, "held")
+
+
+def test_the_registered_texts(real_data: Any) -> None:
+    real_data("text_wikitext2")
+    train, held = sparsify_tasks.texts("text_wikitext2")
+    assert len(train) > 1_000_000 and len(held) > 1_000_000 and train[:2000] != held[:2000]
