@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+ArmName = Literal[
+    "magnitude", "wanda", "sparsegpt", "dense", "gmp", "gmp_kd", "ast", "ast_released", "ast_slorb", "cast", "no_kd",
+    "no_scaling", "no_decay", "uniform", "gradient_moment", "srste",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Params:
@@ -24,9 +29,9 @@ class Params:
 
     Experiment
         seeds            a model and its order of windows each; all arms of a seed share both
-        arms             compared at main_pattern; see `experiment.ARMS`
+        arms             compared at main_pattern, `dense` and `cast` among them; see `experiment.ARMS`
         patterns         n:m of the comparison; the first is the main one
-        pattern_arms     compared at the other patterns
+        pattern_arms     some of them, compared at the other patterns
         budgets          shares of `steps`, rising to 1, at which `cast` and `dense` are trained for the law in tokens
         calibration      windows that Wanda and SparseGPT look at
 
@@ -64,9 +69,9 @@ class Params:
     context: int
     pretrain_steps: int
     pretrain_rate: float
-    arms: list[str]
+    arms: list[ArmName]
     patterns: list[str]
-    pattern_arms: list[str]
+    pattern_arms: list[ArmName]
     budgets: list[float]
     calibration: int
     steps: int
@@ -94,6 +99,8 @@ class Params:
             n, _, m = pattern.partition(":")
             if not (n.isdigit() and m.isdigit() and 1 <= int(n) < int(m)):
                 raise ValueError(f"patterns: got {pattern!r}, expected n:m with 1 <= n < m, such as 2:4")
+        if missing := ({"dense", "cast"} | set(self.pattern_arms)) - set(self.arms):
+            raise ValueError(f"arms: got {self.arms}, expected {', '.join(sorted(missing))} among them too")
         if sorted(set(self.budgets)) != self.budgets or self.budgets[-1:] != [1.0] or self.budgets[0] <= 0:
             raise ValueError(f"budgets: got {self.budgets}, expected rising shares that end in 1")
         if (self.dataset == "folder") != bool(self.model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from common.models import causal_lm
 from common.models.causal_lm import CausalLM
 from common.models.stable_diffusion import MissingWeights
 from papers.cast import data, evaluation, experiment, method
-from papers.cast.settings import Params
+from papers.cast.settings import ArmName, Params
 
 
 def tiny(**changes) -> Params:
@@ -98,6 +99,10 @@ def test_the_learning_rate_carries_a_weight_as_far_as_said():
     assert experiment.learning_rate(dataclasses.replace(params, learning_rate=0.3), {"magnitude": 1.0}) == 0.3
 
 
+def test_every_arm_can_be_named():
+    assert set(get_args(ArmName)) == set(experiment.ARMS)
+
+
 def test_a_power_law_has_ratio_one_and_nothing_else_has():
     assert evaluation.power_law([8.0, 4.0, 2.0]) == pytest.approx(1.0)
     assert evaluation.power_law([9.9, 3 * 2**-0.3, 3 * 4**-0.3, 3 * 8**-0.3]) == pytest.approx(1.0)
@@ -109,6 +114,8 @@ def test_a_power_law_has_ratio_one_and_nothing_else_has():
     [
         ({"patterns": ["2-4"]}, "'2-4', expected n:m"),
         ({"patterns": ["4:4"]}, "'4:4', expected n:m with 1 <= n < m"),
+        ({"arms": ["dense", "gmp"], "pattern_arms": []}, "expected cast among them too"),
+        ({"arms": ["dense", "cast"], "pattern_arms": ["gmp"]}, "expected gmp among them too"),
         ({"budgets": [0.5]}, "expected rising shares that end in 1"),
         ({"budgets": [1.0, 0.5]}, "expected rising shares"),
         ({"model": "gpt2"}, "expected a model of transformers together with dataset folder"),
@@ -126,12 +133,12 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
 @pytest.fixture
 def gpt2(tmp_path: Path) -> Path:
     """A tiny GPT-2 with its tokenizer, saved in the layout of transformers, and two texts beside it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     letters = "abcdefghijklmnopqrstuvwxyz ."
     coder = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="."))
-    coder.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    coder.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     folder = tmp_path / "gpt2"
     PreTrainedTokenizerFast(tokenizer_object=coder, unk_token=".").save_pretrained(folder)
     torch.manual_seed(0)
