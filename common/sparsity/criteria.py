@@ -28,7 +28,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from kernels import nm
 
@@ -116,11 +115,13 @@ def prune_(
             f"prune_: {method} got no calibration; expected batches of the model's inputs (128 sequences are usual), "
             'or method="magnitude"'
         )
+    from tqdm import tqdm
+
     _refuse_grouped(layers, method)
     masks: dict[str, Tensor] = {}
     with (
         _evaluating(model),
-        tqdm(total=len(layers), desc=f"{method}", file=sys.stdout, ascii=True, disable=not progress) as bar,
+        tqdm(total=len(layers), desc=method, file=sys.stdout, ascii=True, disable=not progress) as bar,
     ):
         stages = _stages(model, layers, batches)
         for index, stage in enumerate(stages):
