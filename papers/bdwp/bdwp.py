@@ -249,9 +249,10 @@ for name, rows in results.items():
             record.metric("illegal", share, variant=f"{name}/{direction}", seed=seed)
 top1 = {name: [found["top1"] for found in rows] for name, rows in results.items()}
 for name, row in top1.items():
-    broken = sum(found["illegal"]["backward"] for found in results[name]) / len(row)
-    spread = f"({min(row):.2f} to {max(row):.2f})"
-    print(f"{name:22s} top-1 {sum(row) / len(row):6.2f} % {spread:18s} {broken:4.0%} of the groups break backwards")
+    print(f"{name:22s} top-1 {sum(row) / len(row):6.2f} % ({min(row):.2f} to {max(row):.2f})")
+for name in (f"sr_ste/{params.pattern}", f"bdwp/{params.pattern}"):
+    broken = [found["illegal"]["backward"] for found in results[name]]
+    print(f"{name}: {sum(broken) / len(broken):.0%} of the groups cannot be used by the input gradient")
 
 # %% [markdown]
 # ### Accuracy against the cost of training
@@ -390,7 +391,7 @@ record.figure(
 # ## 8. Verdicts
 #
 # Each claim, judged. *Not tested* names what a claim would need; *refuted* is a result. Remember the scale: at `laptop`
-# a network of 75 thousand weights has seen twelve thousand small photographs five times, and what half of a large
+# a network of 75 thousand weights has seen twelve thousand small photographs four times, and what half of a large
 # network's weights can do without, a small one may need.
 
 # %%

@@ -111,18 +111,18 @@ def loss(network: nn.Module, batch: Batch) -> Tensor:
 
 def illegal(handle: Sparsity) -> dict[str, float]:
     """The share of groups with more than n weights, mean over the sparse layers: of the `forward` pass along the input
-    channels, and of the `backward` pass along the output channels, in the order that the recipe puts these in."""
+    channels, and of the `backward` pass along the output channels, in the order that the recipe puts these in. Empty for a dense network."""
     n, m = handle.config.n, handle.config.m
-    found: dict[str, list[float]] = {"forward": [0.0], "backward": [0.0]}
-    for layer in handle.layers.values():
-        if layer.masks is None:
-            continue
+    sparse_layers = [layer for layer in handle.layers.values() if layer.masks is not None]
+    found: dict[str, list[float]] = {"forward": [], "backward": []} if sparse_layers else {}
+    for layer in sparse_layers:
+        assert layer.masks is not None
         kept, back, order = layer.masks
         back = kept if back is None else back
         back = back if order is None else back[order.to(back.device)]
         found["forward"].append(method.illegal_groups(kept, n, m, dim=1))
         found["backward"].append(method.illegal_groups(back, n, m, dim=0))
-    return {name: sum(row) / max(1, len(row) - 1) for name, row in found.items()}
+    return {name: sum(row) / len(row) for name, row in found.items()}
 
 
 # ------------------------------------------------------------------------------------------ the layers, the equations

@@ -86,7 +86,7 @@ def work(ax: Axes, columns: Mapping[str, Passes]) -> Axes:
 
 
 def times(ax: Axes, ratios: Mapping[str, Rows], ideal: Mapping[str, Sequence[float]]) -> Axes:
-    """Grouped bars of dense time over ours: `ratios` {series: {group: repeats}}; `ideal` {series: one a group}, dotted."""
+    """Grouped bars of dense time over ours: `ratios` {series: {group: repeats}}; dotted: `ideal`."""
     groups = list(next(iter(ratios.values())))
     width = 0.8 / len(ratios)
     for index, (label, row) in enumerate(ratios.items()):
@@ -100,6 +100,6 @@ def times(ax: Axes, ratios: Mapping[str, Rows], ideal: Mapping[str, Sequence[flo
         ax.hlines(ideal[label], low, high, color="black", linestyle=":", linewidth=1.5)
     ax.axhline(1, color="black", linewidth=1)
     ax.set_xticks(range(len(groups)), groups, fontsize="small")
-    ax.set(ylabel="dense time / ours")
+    ax.set(ylabel="dense time / ours", ylim=(0, None))
     ax.legend(fontsize="small")
     return ax
