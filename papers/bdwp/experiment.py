@@ -111,7 +111,8 @@ def loss(network: nn.Module, batch: Batch) -> Tensor:
 
 def illegal(handle: Sparsity) -> dict[str, float]:
     """The share of groups with more than n weights, mean over the sparse layers: of the `forward` pass along the input
-    channels, and of the `backward` pass along the output channels, in the order that the recipe puts these in. Empty for a dense network."""
+    channels, and of the `backward` pass along the output channels, in the order that the recipe puts these in. Empty
+    for a dense network."""
     n, m = handle.config.n, handle.config.m
     sparse_layers = [layer for layer in handle.layers.values() if layer.masks is not None]
     found: dict[str, list[float]] = {"forward": [], "backward": []} if sparse_layers else {}

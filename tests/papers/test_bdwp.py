@@ -240,7 +240,7 @@ def test_vgg19_has_sixteen_convolutions():
 
 
 def test_sets_that_cannot_serve_say_why(published):
-    with pytest.raises(FileNotFoundError, match="cs.toronto.edu"):
+    with pytest.raises(FileNotFoundError, match=r"cs\.toronto\.edu"):
         data.load(paper(published / "nowhere"), "resnet9")
     with pytest.raises(FileNotFoundError, match="imagenet"):
         data.load(paper(published), "resnet50")
