@@ -65,7 +65,7 @@ def sparsify(
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, 1, cutoff=0)[0]
         raise SparsifyError(f"--method {method}: expected one of {', '.join(METHODS)}; did you mean {near}?")
-    base = Path(model.rstrip("/").rpartition(":")[2]).name
+    base = Path(model.rpartition(":")[2]).absolute().name
     folder = out or Path(f"{base}_{n}of{m}")
     options = Options(
         model=model,
@@ -84,12 +84,14 @@ def sparsify(
         calibration=calibration,
         held_out=held_out,
         seed=seed,
-        device=device or _best_device(),
+        device=_device(device),
     )
     try:
         run(options)
     except KeyboardInterrupt:
-        kept = f"what was reached is kept in {folder}" if (folder / "training.pt").is_file() else "nothing was kept yet"
+        from pipelines.sparsify_methods import CHECKPOINT
+
+        kept = f"what was reached is kept in {folder}" if (folder / CHECKPOINT).is_file() else "nothing was kept yet"
         print(f"\nresparse: stopped, {kept}. To go on: resparse {shlex.join(sys.argv[1:])}")
         raise typer.Exit(130) from None
 
@@ -155,12 +157,13 @@ def _introduce(
 
 def _look_at(folder: Path) -> None:
     """Refuse a folder that holds something else before anything is loaded."""
+    from common.sparsity.pretrained import ABOUT
     from pipelines.sparsify_tasks import SparsifyError
 
     if folder.exists() and not folder.is_dir():
         raise SparsifyError(f"{folder} is a file; expected a new folder: --out FOLDER")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / UNFINISHED).is_file():
-        what = "a finished model" if (folder / "resparse.json").is_file() else "something else"
+        what = "a finished model" if (folder / ABOUT).is_file() else "something else"
         raise SparsifyError(f"{folder} holds {what} already; expected a new folder: --out FOLDER, or remove it")
 
 
@@ -187,7 +190,12 @@ def _claim(options: Options, task: Task) -> None:
     files.write_json(mark, wanted)
 
 
-def _best_device() -> str:
+def _device(name: str) -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    from pipelines.sparsify_tasks import SparsifyError
+
+    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if name and name not in known:
+        raise SparsifyError(f"--device {name}: expected {' or '.join(known)}, which is what torch can use here")
+    return name or known[-1]

@@ -72,6 +72,12 @@ def original(folder: Path) -> Any:
     return pretrained.open_model(str(folder)).network
 
 
+def test_the_command_explains_itself() -> None:
+    shown = invoke("--help")
+    assert shown.exit_code == 0 and "goes on where it was by the same command" in " ".join(shown.stdout.split())
+    assert "sparsify" in CliRunner().invoke(cli.app, ["--help"]).stdout
+
+
 # ------------------------------------------------------------------------------------------------------------- methods
 
 
@@ -282,6 +288,7 @@ def test_a_loaded_model_that_computes_something_else_is_found_out(
         (("--where", "*.mlp.down_proj", "--m", 64), "64 does not divide its 96 input channels; choose another m"),
         (("--where", "model.layers.0.mlp.up"), "unknown layer 'model.layers.0.mlp.up'; expected one of 15 names"),
         (("--method", "sparsgpt"), "expected one of magnitude, wanda, sparsegpt, srste, cast; did you mean sparsegpt?"),
+        (("--device", "tpu"), "--device tpu: expected cpu"),
         (("--length", 65), "--length 65: the model sees 64 tokens at most"),
         (("--data", "nowhere.txt"), "--data nowhere.txt: no such file or folder, and no registered text"),
         (("--model", "./nowhere"), "./nowhere: no such folder; expected a model in the layout of transformers"),
