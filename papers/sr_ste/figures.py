@@ -15,7 +15,7 @@ Rows = Mapping[str, Sequence[float]]  # by arm: the value of each seed
 
 
 def accuracy(ax: Axes, top1: Rows, kinds: Mapping[str, str]) -> Axes:
-    """Top-1 against the share of weights left out; one series for each of `kinds` {prefix of the arms: label}, its
+    """Top-1 against the share of weights kept; one series for each of `kinds` {prefix of the arms: label}, its
     patterns joined where they have the same n, and the dense network as a band."""
     for index, (prefix, label) in enumerate(kinds.items()):
         found = {name.split("/")[1]: row for name, row in top1.items() if name.split("/")[0] == prefix}
