@@ -57,8 +57,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, op: str) -> str:
     The message says what to install or to set.
     """
     rows = TABLE[op]
-    dtypes = list(dict.fromkeys(dtype for _, dtype in rows))
-    if dtype not in dtypes:
+    if (device.type, dtype) not in rows and dtype not in (dtypes := list(dict.fromkeys(dtype for _, dtype in rows))):
         names = " or ".join(map(str, dtypes))
         raise TypeError(f"kernels.{op}: got dtype {dtype}; expected {names}; convert the input, e.g. with .float()")
     backend = _forced() or rows.get((device.type, dtype))

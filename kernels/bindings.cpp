@@ -8,6 +8,7 @@
 #include <string>
 
 #include "ct/cpu.h"
+#include "nm/bind.h"
 #include "nm/mask_bind.h"
 #include "simd/isa.h"
 #include "splat/bind.h"
@@ -111,6 +112,7 @@ NB_MODULE(_native, m) {
     m.def("ct_fan_backproject", &kernels::fan_backproject, "sinogram"_a.noconvert(), "angles"_a.noconvert(),
           "out"_a.noconvert(), "source_axis"_a, "axis_detector"_a, "pitch"_a, "pixel"_a, "offset"_a, "axis"_a, "threads"_a,
           "The exact adjoint: sinogram [B, V, K] float32 -> out [B, H, W] float32.");
+    kernels::nm::bind(m);
     kernels::nm::bind_mask(m);
     kernels::splat::bind(m);
     kernels::ssim::bind(m);

@@ -70,6 +70,23 @@ struct Avx2 {
     static F add_exponent(F a, F n) {
         return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
     }
+    static I bytes(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I nibbles(const uint8_t* p, int half) { return half ? _mm256_srli_epi32(bytes(p), 4) : bytes(p); }
+    static F widen(const uint16_t* p) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    static F pick(const F* window, I index) { return permute(window[0], index); }
+    static F pick_wide(const F* window, I index) {
+        const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)); // bit 3 becomes the sign
+        return _mm256_blendv_ps(permute(window[0], index), permute(window[1], index), upper);
+    }
+    static F pick_widest(const F* window, I index) {
+        const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27)); // bit 4
+        return _mm256_blendv_ps(pick_wide(window, index), pick_wide(window + 2, index), upper);
+    }
     static float sum(F a) {
         __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         x = _mm_add_ps(x, _mm_movehl_ps(x, x));

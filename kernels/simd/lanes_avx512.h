@@ -72,6 +72,20 @@ struct Avx512 {
     static F add_exponent(F a, F n) {
         return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
     }
+    static I bytes(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I nibbles(const uint8_t* p, int) {
+        const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        return _mm512_inserti32x8(_mm512_castsi256_si512(both), _mm256_srli_epi32(both, 4), 1);
+    }
+    static F widen(const uint16_t* p) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static F pick(const F* window, I index) { return permute(window[0], index); }
+    static F pick_wide(const F* window, I index) { return permute(window[0], index); }
+    static F pick_widest(const F* window, I index) { return _mm512_permutex2var_ps(window[0], index, window[1]); }
     static float sum(F a) { return Avx2::sum(half(a)); }
     static void sums8(const F* a, float* out) {
         __m256 halves[8];

@@ -76,6 +76,28 @@ struct Emulated {
     KERNELS_EMULATED I round(const F& a) { return each<I>([&](int i) { return convert(std::nearbyint(a.lane[i])); }); }
     KERNELS_EMULATED F to_float(const I& a) { return each<F>([&](int i) { return static_cast<float>(a.lane[i]); }); }
 
+    // N bytes; N of the sixteen nibbles of eight bytes, byte i holding numbers i (low) and i + 8, `half` saying which
+    // eight where N is 8: only the low four bits of each lane are for use; N bfloat16 as floats
+    KERNELS_EMULATED I bytes(const uint8_t* p) { return each<I>([&](int i) { return static_cast<int32_t>(p[i]); }); }
+    KERNELS_EMULATED I nibbles(const uint8_t* p, int half) {
+        return each<I>([&](int i) { return static_cast<int32_t>(p[i % 8]) >> (i / 8 + half > 0 ? 4 : 0); });
+    }
+    KERNELS_EMULATED F widen(const uint16_t* p) {
+        return each<F>([&](int i) {
+            const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+            float out;
+            std::memcpy(&out, &bits, sizeof out);
+            return out;
+        });
+    }
+    // window[index mod 8, 16 or 32]: of as many floats in as many vectors as it takes
+    KERNELS_EMULATED F pick(const F* window, const I& index) { return each<F>([&](int i) { return window[0].lane[index.lane[i] & 7]; }); }
+    KERNELS_EMULATED F pick_wide(const F* window, const I& index) {
+        return each<F>([&](int i) { return window[(index.lane[i] & 15) / N].lane[(index.lane[i] & 15) % N]; });
+    }
+    KERNELS_EMULATED F pick_widest(const F* window, const I& index) {
+        return each<F>([&](int i) { return window[(index.lane[i] & 31) / N].lane[(index.lane[i] & 31) % N]; });
+    }
     // a[index mod N], p[index]
     KERNELS_EMULATED F permute(const F& a, const I& index) { return each<F>([&](int i) { return a.lane[index.lane[i] & (N - 1)]; }); }
     KERNELS_EMULATED F gather(const float* p, const I& index) { return each<F>([&](int i) { return p[index.lane[i]]; }); }

@@ -1,0 +1,131 @@
+"""What N:M sparsity brings a model: weights, bytes, and speed where it was measured; none is claimed elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from common.sparsity.layers import NMLayer
+from common.sparsity.packed import PackedLinear
+from kernels import nm
+
+__all__ = ["LayerReport", "Report", "report"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One sparse layer. `speedup`: of its packed product over torch's dense one of the same dtype at `Report.tokens`,
+    as kernels.nm.speedup knows it; None where no packed product serves it or nothing was measured."""
+
+    name: str
+    pattern: str
+    weights: int
+    kept: int
+    dense_bytes: int
+    packed_bytes: int
+    speedup: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of a whole model. All parameters count, sparse or not; `print` it for a table."""
+
+    layers: list[LayerReport]
+    tokens: int
+    weights: int
+    kept: int
+    dense_bytes: int
+    packed_bytes: int
+
+    @property
+    def speedup(self) -> float | None:
+        """Of the sparse layers together, weighted by their dense work; None if it is unknown of any of them.
+
+        Never below 1: where a packed product is slower, kernels.nm.linear runs dense.
+        """
+        if not self.layers or any(layer.speedup is None for layer in self.layers):
+            return None
+        work = sum(layer.weights for layer in self.layers)
+        return work / sum(layer.weights / max(1.0, layer.speedup or 0.0) for layer in self.layers)
+
+    def __str__(self) -> str:
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [
+            f"{'layer':{width}}  pattern    weights     kept   dense KiB  packed KiB  speed-up at {self.tokens} tokens"
+        ]
+        for layer in self.layers:
+            lines.append(
+                f"{layer.name:{width}}  {layer.pattern:7}{layer.weights:11,}{layer.kept / layer.weights:9.1%}"
+                f"{layer.dense_bytes / 1024:12,.1f}{layer.packed_bytes / 1024:12,.1f}  {layer.note}"
+            )
+        lines.append(
+            f"whole model: {self.kept:,} of {self.weights:,} parameters kept, {self.packed_bytes / 2**20:.2f} of "
+            f"{self.dense_bytes / 2**20:.2f} MiB"
+        )
+        if self.speedup is None:
+            lines.append("speed: not claimed, some layer was not measured; see the last column")
+        elif self.speedup <= 1:
+            lines.append("speed: none to be had from these layers at so many tokens on this machine")
+        else:
+            lines.append(
+                f"speed: the sparse layers together {self.speedup:.2f} times as fast, on one thread of this CPU"
+            )
+        return "\n".join(lines)
+
+
+def report(model: nn.Module, *, tokens: int = 1) -> Report:
+    """What the sparse layers of a model save at products of so many tokens (batch times sequence).
+
+    Raises ValueError for a model without sparse layers, or one on its way to the hard mask.
+    """
+    layers = [
+        _layer(name, module, tokens)
+        for name, module in model.named_modules()
+        if isinstance(module, NMLayer | PackedLinear)
+    ]
+    if not layers:
+        raise ValueError("report: got a model without sparse layers; expected one that sparsify_ was applied to")
+    sparse = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, NMLayer | PackedLinear)
+        for parameter in [module.values if isinstance(module, PackedLinear) else module.weight]
+    }
+    others = [parameter for parameter in model.parameters() if id(parameter) not in sparse]
+    count, size = sum(p.numel() for p in others), sum(p.nbytes for p in others)
+    return Report(
+        layers=layers,
+        tokens=tokens,
+        weights=count + sum(layer.weights for layer in layers),
+        kept=count + sum(layer.kept for layer in layers),
+        dense_bytes=size + sum(layer.dense_bytes for layer in layers),
+        packed_bytes=size + sum(layer.packed_bytes for layer in layers),
+    )
+
+
+def _layer(name: str, layer: NMLayer | PackedLinear, tokens: int) -> LayerReport:
+    if isinstance(layer, PackedLinear):
+        weight = layer.weight
+        n, m, count, dtype, packed = layer.n, layer.m, weight.shape[0] * weight.shape[1], weight.dtype, weight.nbytes
+        servable = True
+    else:
+        if layer.kept is None or layer.rule.beta > 0:
+            raise ValueError(f"report: {name!r} has no hard mask yet; call finalize_() on its handle first")
+        n, m, count, dtype = layer.rule.n, layer.rule.m, layer.weight.numel(), layer.weight.dtype
+        kept = count * n // m
+        packed = kept * layer.weight.element_size() + (kept // 2 if m <= 16 else kept)
+        servable = isinstance(layer, nn.Linear) and layer.axis == "in"
+    ratio = nm.speedup(n, m, tokens, dtype) if servable else None
+    if not servable:
+        note = "none: no packed product for this kind of layer"
+    elif ratio is None:
+        note = "unknown: not measured here, run kernels.nm.autotune()"
+    elif ratio < 1:
+        note = f"none: below the crossover ({ratio:.2f}), runs dense"
+    else:
+        note = f"{ratio:.2f}"
+    size = torch.finfo(dtype).bits // 8
+    return LayerReport(name, f"{n}:{m}", count, count * n // m, count * size, packed, ratio if servable else 1.0, note)

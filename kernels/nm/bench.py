@@ -1,0 +1,140 @@
+"""What `kernels.bench` times for N:M sparsity: packed products and mask searches beside torch's dense ones.
+
+`4096^2 x 1` is one token through a large layer, where reading the weight is all that counts: the ratio can be held
+against the ratio of bytes, which the note gives. `1024^2 x 256` is a batch, where arithmetic counts. Each beside dense
+float32, which all ratios are of, and dense bfloat16, which a user would take first where the processor has it. torch's
+CSR product is the other thing at hand. Gradients: of the input, and of the kept weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import nm
+from kernels.bench import CORES, Case, Contender, other_isas, with_isa
+from kernels.nm import ops
+
+PEERS: tuple[str, ...] = ()
+PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (1, 16), (1, 32))
+PRODUCTS = ((4096, 1), (1024, 256))  # rows and columns of the weight, tokens
+SEARCHED = 4096  # rows and columns: 16.8 million weights
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Products on one and two threads, gradients and mask searches; with `quick` of one small pattern."""
+    patterns = PATTERNS[:1] if quick else PATTERNS
+    for size, tokens in [(64, 1), (64, 20)] if quick else PRODUCTS:
+        for n, m in patterns:
+            for threads in (1, 2)[:CORES]:
+                yield _product(size, tokens, n, m, threads)
+    size, tokens = (64, 20) if quick else PRODUCTS[1]
+    for n, m in patterns:
+        yield _input_gradient(size, tokens, n, m)
+        yield _weight_gradient(size, tokens, n, m)
+    for n, m in patterns:
+        yield _search(64 if quick else SEARCHED, n, m)
+
+
+def _weight(size: int, n: int, m: int) -> Tensor:
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    return weight * nm.mask(weight, n, m)
+
+
+def _tokens(tokens: int, size: int, seed: int) -> Tensor:
+    return torch.randn(tokens, size, generator=torch.Generator().manual_seed(seed))
+
+
+def _product(size: int, tokens: int, n: int, m: int, threads: int) -> Case:
+    weight, x = _weight(size, n, m), _tokens(tokens, size, 1)
+    narrow = weight.bfloat16(), x.bfloat16()
+    contenders = [
+        Contender("dense float32", partial(F.linear, x, weight), _same, threads),
+        Contender("dense bfloat16", partial(F.linear, narrow[1], narrow[0]), _same, threads),
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = nm.pack(weight, n, m, dtype=dtype)
+        run = partial(nm.linear, x, packed, dense=False)
+        note = f"{weight.nbytes / packed.nbytes:.2f} times fewer bytes than dense float32"
+        name = f"ours {str(dtype).removeprefix('torch.')}"
+        contenders.append(Contender(name, run, _same, threads, note=note, ours=True))
+        if threads == 1:
+            contenders += [
+                Contender(f"{name} {isa}", partial(with_isa, isa, run), _same, ours=True) for isa in other_isas()
+            ]
+    sparse = weight.to_sparse_csr()
+    contenders.append(Contender("torch CSR", lambda: (sparse @ x.mT).mT, _same, threads))
+    return Case(
+        name=f"{n}:{m} {size}^2 x {tokens}" + (", 2 threads" if threads == 2 else ""),
+        call="linear",
+        contenders=contenders,
+        baseline="dense float32",
+        exact=lambda: F.linear(x.double(), weight.double()),
+        data_bytes=weight.nbytes + x.nbytes + 4 * tokens * size,
+    )
+
+
+def _input_gradient(size: int, tokens: int, n: int, m: int) -> Case:
+    weight, dy = _weight(size, n, m), _tokens(tokens, size, 2)
+    packed = nm.pack(weight, n, m)
+    run = partial(ops.input_gradient, dy, packed)
+    return Case(
+        name=f"{n}:{m} {size}^2 x {tokens}",
+        call="input gradient",
+        contenders=[
+            Contender("dense float32", lambda: dy @ weight, _same),
+            Contender("ours float32", run, _same, note="lists the weights by column in each call", ours=True),
+        ],
+        baseline="dense float32",
+        exact=lambda: dy.double() @ weight.double(),
+        data_bytes=weight.nbytes + 2 * dy.nbytes,
+    )
+
+
+def _weight_gradient(size: int, tokens: int, n: int, m: int) -> Case:
+    weight, x, dy = _weight(size, n, m), _tokens(tokens, size, 1), _tokens(tokens, size, 2)
+    packed = nm.pack(weight, n, m)
+
+    def dense(values: Tensor) -> Tensor:
+        return nm.NMTensor(values, packed.places, packed.shape, n, m).to_dense()
+
+    return Case(
+        name=f"{n}:{m} {size}^2 x {tokens}",
+        call="weight gradient",
+        contenders=[
+            Contender("dense float32", lambda: dy.mT @ x, lambda slope: slope * (weight != 0)),
+            Contender("ours float32", partial(ops.weight_gradient, dy, x, packed), dense, note="kept alone", ours=True),
+        ],
+        baseline="dense float32",
+        exact=lambda: (dy.double().mT @ x.double()) * (weight != 0),
+        data_bytes=weight.nbytes + x.nbytes + dy.nbytes,
+    )
+
+
+def _search(size: int, n: int, m: int) -> Case:
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    contenders = [Contender("torch topk", partial(_by_topk, weight, n, m), _same)]
+    contenders += [
+        Contender("ours", partial(nm.mask, weight, n, m), _same, threads, ours=True) for threads in (1, 2)[:CORES]
+    ]
+    return Case(
+        name=f"{n}:{m} {size}^2",
+        call="mask",
+        contenders=contenders,
+        baseline="torch topk",
+        exact=lambda: _by_topk(weight, n, m),
+        data_bytes=weight.nbytes + weight.numel(),
+    )
+
+
+def _by_topk(weight: Tensor, n: int, m: int) -> Tensor:
+    groups = weight.abs().unflatten(-1, (-1, m))
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, dim=-1).indices, True).flatten(-2)
+
+
+def _same(out: Tensor) -> Tensor:
+    return out

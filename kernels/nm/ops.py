@@ -1,0 +1,137 @@
+"""The packed products as torch ops: memory, gradients, shapes for tracing. `__init__.py` checks the arguments before.
+
+Ops take `values` [blocks, groups, n, 16], `places` (see `tensor.py`) and m; x and dy are float32 [tokens, ...].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import _dispatch
+from kernels._load import native
+from kernels.nm import reference
+from kernels.nm.tensor import NMTensor, bits, from_groups, to_groups
+
+
+def linear(x: Tensor, packed: NMTensor, bias: Tensor | None, straight_through: Tensor | None) -> Tensor:
+    """y [T, O] of x [T, K]; see kernels.nm.linear."""
+    rows = packed.shape[0]
+    return _linear(x, packed.values, packed.places, packed.m, rows, bias, straight_through)
+
+
+def input_gradient(dy: Tensor, packed: NMTensor) -> Tensor:
+    """dy W [T, K] of dy [T, O]."""
+    return _input_gradient(dy, packed.values, packed.places, packed.m)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, packed: NMTensor) -> Tensor:
+    """The gradient of `packed.values`, laid out and typed as they are, of dy [T, O] and x [T, K]."""
+    return _weight_gradient(dy, x, packed.values, packed.places, packed.m)
+
+
+def _native_serves(x: Tensor) -> bool:
+    return _dispatch.backend_for(x.device, x.dtype, "nm") == _dispatch.CPU
+
+
+def _unpacked(values: Tensor, places: Tensor, m: int, rows: int) -> Tensor:
+    return reference.unpack(*to_groups(values, places, m, rows), m)
+
+
+def _linear_kernel(
+    x: Tensor, values: Tensor, places: Tensor, m: int, rows: int, bias: Tensor | None, straight_through: Tensor | None
+) -> Tensor:
+    if not _native_serves(x):
+        return reference.linear(x, *to_groups(values, places, m, rows), m, bias)
+    y = x.new_empty(len(x), rows)
+    given = None if bias is None else bias.detach().contiguous()
+    native().nm_linear(x.contiguous(), bits(values), places, m, given, y, torch.get_num_threads())
+    return y
+
+
+def _linear_fake(
+    x: Tensor, values: Tensor, places: Tensor, m: int, rows: int, bias: Tensor | None, straight_through: Tensor | None
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+def _input_gradient_kernel(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
+    if not _native_serves(dy):
+        return dy @ _unpacked(values, places, m, dy.shape[1]).to(dy.dtype)
+    dx = _input_gradient_fake(dy, values, places, m)
+    native().nm_input_gradient(dy.contiguous(), bits(values), places, m, dx, torch.get_num_threads())
+    return dx
+
+
+def _input_gradient_fake(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
+    return dy.new_empty(dy.shape[0], values.shape[1] * m)
+
+
+# Above this share of kept weights a dense product, of which the kept entries are taken, is faster: see bench.py.
+SAMPLED_BELOW = 1 / 3
+
+
+def _weight_gradient_kernel(dy: Tensor, x: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
+    dense = values.shape[2] > SAMPLED_BELOW * m
+    if dense or not _native_serves(dy):
+        _, index = to_groups(values, places, m, dy.shape[1])
+        groups = (dy.mT @ x).unflatten(1, (-1, m)).gather(-1, index)  # [O, K/m, n]
+        out = from_groups(groups, values.shape[0])
+    else:
+        out = torch.empty(values.shape, dtype=torch.float32)
+        native().nm_weight_gradient(
+            dy.contiguous(), x.contiguous(), bits(values), places, m, out, torch.get_num_threads()
+        )
+    return out.where(values != 0, 0).to(values.dtype)
+
+
+def _weight_gradient_fake(dy: Tensor, x: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, values, places, ctx.m, _, bias, straight_through = inputs
+    ctx.has_bias = bias is not None
+    ctx.dense_dtype = None if straight_through is None else straight_through.dtype
+    ctx.save_for_backward(x, values, places)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, places = ctx.saved_tensors
+    wants_x, wants_values, _, _, _, wants_bias, wants_dense = ctx.needs_input_grad
+    dx = _input_gradient(dy, values, places, ctx.m) if wants_x else None
+    kept = _weight_gradient(dy, x, values, places, ctx.m) if wants_values else None
+    bias = dy.sum(dim=0) if wants_bias else None
+    dense = (dy.mT @ x).to(ctx.dense_dtype) if wants_dense else None
+    return dx, kept, None, None, None, bias, dense
+
+
+_library = torch.library.Library("resparse", "FRAGMENT")
+for _definition, _kernel, _fake in (
+    (
+        "nm_linear(Tensor x, Tensor values, Tensor places, int m, SymInt rows, Tensor? bias, "
+        "Tensor? straight_through) -> Tensor",
+        _linear_kernel,
+        _linear_fake,
+    ),
+    (
+        "nm_input_gradient(Tensor dy, Tensor values, Tensor places, int m) -> Tensor",
+        _input_gradient_kernel,
+        _input_gradient_fake,
+    ),
+    (
+        "nm_weight_gradient(Tensor dy, Tensor x, Tensor values, Tensor places, int m) -> Tensor",
+        _weight_gradient_kernel,
+        _weight_gradient_fake,
+    ),
+):
+    _library.define(_definition)
+    _op = getattr(torch.ops.resparse, _definition[: _definition.index("(")]).default
+    _library.impl(_op, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(_op, _fake, lib=_library)
+_linear = torch.ops.resparse.nm_linear.default
+_input_gradient = torch.ops.resparse.nm_input_gradient.default
+_weight_gradient = torch.ops.resparse.nm_weight_gradient.default
+torch.library.register_autograd(_linear, _gradient, setup_context=_setup, lib=_library)
