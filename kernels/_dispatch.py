@@ -82,6 +82,15 @@ def backend_for(device: torch.device, dtype: torch.dtype, op: str) -> str:
     return backend
 
 
+def refuse_forced(backend: str, op: str, got: str, expected: str) -> None:
+    """For a call that the op's `backend` does not serve and the reference does: raises KernelUnavailable if forced."""
+    if _forced() == backend:
+        raise KernelUnavailable(
+            f"kernels.{op}: {FORCE}={backend} got {got}; expected {expected}; unset {FORCE}, or set {FORCE}=reference: "
+            "then the reference runs"
+        )
+
+
 def _forced() -> str | None:
     name = os.environ.get(FORCE)
     if name and name not in BACKENDS:

@@ -5,9 +5,10 @@
     y = nm.linear(x, packed, bias)
 
 Any n of any m up to 256, float32 and bfloat16 weights, any batch. On the CPU: C++ (AVX2, AVX-512, portable); on CUDA
-Triton, and torch's own kernels for 2:4. In float64 and on other devices the plain-torch `reference.py`, the
-specification, runs. KERNELS_BACKEND=reference|cpu|triton forces one. The same call gives the same bits again, whatever
-the number of threads. `speedup` says where packed products pay; where they do not, `linear` runs dense and says so.
+Triton, with packing in plain torch. In float64 and on other devices the plain-torch `reference.py`, the specification,
+runs. KERNELS_BACKEND=reference|cpu|triton forces one. The same call gives the same bits again, whatever the number of
+threads. `speedup` says where packed products pay on the CPU; where they do not, `linear` runs dense and says so. On
+CUDA it never does: `make gpu-check` measures there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import _dispatch
 from kernels.nm import crossover, ops
 from kernels.nm.crossover import autotune, speedup
 from kernels.nm.masks import mask
@@ -65,7 +67,8 @@ def linear(
 ) -> Tensor:
     """x W^T + bias of a packed weight W [O, K].
 
-    x                 [..., K], float32, bfloat16 or float16; sums are float32 (float64 with float64 values: for checks)
+    x                 [..., K], float32, bfloat16 or float16; products and sums are as good as float32's (float64 with
+                      float64 values: for checks)
     bias              [O]
     straight_through  the dense weight [O, K] that W was packed from, which then gets the whole gradient dy^T x, also
                       where W has zeros (Bengio et al. 2013); without it `packed.values` gets its own, at the kept
@@ -73,6 +76,10 @@ def linear(
     dense             run torch's dense product instead; by default where `speedup` knows it to be faster
 
     Gradients go to x, bias, and straight_through or packed.values.
+
+    On CUDA packed products pay with few tokens, when reading the weight is what takes the time. For many tokens and 2:4
+    there are torch's own kernels, in another format: `torch.nn.functional.linear(x, packed.to_semi_structured())` with
+    bfloat16 x and values, where the GPU and its cuSPARSELt serve them.
 
     Returns [..., O] in the dtype of x. Raises ValueError for shapes, TypeError for dtypes, KernelUnavailable where no
     kernel serves the device.
@@ -90,12 +97,15 @@ def linear(
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"kernels.nm.linear: got {name} of {tensor.dtype}; expected real floating point")
     tokens = x.shape[:-1].numel()
-    if dense is None:
-        dense = x.device.type == "cpu" and crossover.dense_is_faster(packed.n, packed.m, tokens, packed.dtype)
     compute = torch.float64 if packed.dtype == torch.float64 else torch.float32
+    if dense is None:
+        ours = x.device.type == "cpu" and ops.backend_for(x.device, compute) == _dispatch.CPU
+        dense = ours and crossover.dense_is_faster(packed.n, packed.m, tokens, packed.dtype)
     bias = None if bias is None else bias.to(compute)
     if dense and straight_through is None:
         y = torch.nn.functional.linear(x.to(compute), packed.to_dense().to(compute), bias)
     else:
+        if x.is_cuda and x.dtype == packed.dtype == torch.bfloat16:
+            compute = torch.bfloat16  # its products are exact and its sums float32 there: a wider x gains nothing
         y = ops.linear(x.reshape(tokens, columns).to(compute), packed, bias, straight_through)
     return y.reshape(*x.shape[:-1], rows).to(x.dtype)

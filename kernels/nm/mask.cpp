@@ -13,18 +13,16 @@ namespace {
 
 constexpr int64_t kFew = 1 << 15; // weights that are not worth waking threads for
 
-// keep of every `size` places, `count` groups of which `per_row` lie one after the other, rows `row` apart.
 void select(const Groups& groups, int threads) {
     const int64_t lanes = groups.count * groups.inner, step = lanes_of(groups), panels = (lanes + step - 1) / step;
+    const int64_t room = std::max(kPanel, step * groups.size);
+    const int bands = static_cast<int>(lanes * groups.size < kFew ? 1 : std::min<int64_t>(threads, panels));
     const MaskOps& ops = mask_ops();
-    const bool many = threads > 1 && lanes * groups.size >= kFew;
-#pragma omp parallel num_threads(threads) if (many)
-    {
-        std::vector<int32_t> scratch(std::max(kPanel, step * groups.size));
-#pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels; ++panel)
-            ops.select(groups, panel * step, std::min(lanes, (panel + 1) * step), scratch.data());
-    }
+    std::vector<int32_t> scratch(bands * room); // here, where running out of memory can be told
+#pragma omp parallel for schedule(static, 1) num_threads(bands) if (bands > 1)
+    for (int band = 0; band < bands; ++band)
+        for (int64_t panel = panels * band / bands; panel < panels * (band + 1) / bands; ++panel)
+            ops.select(groups, panel * step, std::min(lanes, (panel + 1) * step), scratch.data() + band * room);
 }
 
 // Groups that keep all or nothing.
@@ -46,7 +44,7 @@ void run(const Groups& groups, int threads) {
 const MaskOps& mask_ops() {
     switch (current_isa()) {
 #if defined(KERNELS_X86)
-    // Sixteen lanes bring nothing: the time goes into transposing and into memory.
+    // Sixteen lanes would bring little: the time goes into transposing and into memory.
     case Isa::avx512:
     case Isa::avx2: return avx2_mask_ops();
 #endif

@@ -252,8 +252,8 @@ private:
         }
     }
 
-    // A number that more than `keep` keys never reach but `keep` do, found bit by bit from the highest: the keep-th largest
-    // key, or less where that is enough to tell.
+    // At least `keep` keys reach it and at most `keep` are above: the keep-th largest, or less where that tells the same. It
+    // is found bit by bit, from the highest.
     static int32_t threshold(const int32_t* keys, int64_t size, int64_t keep) {
         int32_t least = 0;
         for (int bit = 30; bit >= 0; --bit) {

@@ -282,7 +282,7 @@ void solve(const float* weight, const Matrices& size, int64_t n, int64_t m, uint
 
 void transposable_mask(const float* weight, const Matrices& size, int64_t n, int64_t m, uint8_t* out, int threads) {
     if (n == 0 || n == m)
-        std::memset(out, n > 0, size.batch * size.rows * size.columns);
+        std::fill_n(out, size.batch * size.rows * size.columns, static_cast<uint8_t>(n > 0));
     else if (m <= 4)
         solve<Enumeration>(weight, size, n, m, out, threads);
     else

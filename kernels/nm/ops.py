@@ -1,6 +1,7 @@
 """The packed products as torch ops: memory, gradients, shapes for tracing. `__init__.py` checks the arguments before.
 
-Ops take `values` [blocks, groups, n, 16], `places` (see `tensor.py`) and m; x and dy are float32 [tokens, ...].
+Ops take `values` [blocks, groups, n, 16], `places` (see `tensor.py`) and m; x and dy are [tokens, ...], float32, or
+bfloat16 on CUDA if the values are too, and the results are of their dtype.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def weight_gradient(dy: Tensor, x: Tensor, packed: NMTensor) -> Tensor:
     return _weight_gradient(dy, x, packed.values, packed.places, packed.m)
 
 
-def _native_serves(x: Tensor) -> bool:
-    return _dispatch.backend_for(x.device, x.dtype, "nm") == _dispatch.CPU
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs the products of an x there."""
+    return _dispatch.backend_for(device, torch.float32 if dtype == torch.bfloat16 else dtype, "nm")
 
 
 def _unpacked(values: Tensor, places: Tensor, m: int, rows: int) -> Tensor:
@@ -43,10 +45,16 @@ def _unpacked(values: Tensor, places: Tensor, m: int, rows: int) -> Tensor:
 def _linear_kernel(
     x: Tensor, values: Tensor, places: Tensor, m: int, rows: int, bias: Tensor | None, straight_through: Tensor | None
 ) -> Tensor:
-    if not _native_serves(x):
-        return reference.linear(x, *to_groups(values, places, m, rows), m, bias)
-    y = x.new_empty(len(x), rows)
+    backend = backend_for(x.device, x.dtype)
     given = None if bias is None else bias.detach().contiguous()
+    if backend == _dispatch.REFERENCE:
+        given = None if given is None else given.to(x.dtype)
+        return reference.linear(x, *to_groups(values, places, m, rows), m, given)
+    if backend == _dispatch.TRITON:
+        from kernels.nm import triton
+
+        return triton.linear(x.contiguous(), values, places, m, rows, given)
+    y = x.new_empty(len(x), rows)
     native().nm_linear(x.contiguous(), bits(values), places, m, given, y, torch.get_num_threads())
     return y
 
@@ -58,8 +66,13 @@ def _linear_fake(
 
 
 def _input_gradient_kernel(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
-    if not _native_serves(dy):
+    backend = backend_for(dy.device, dy.dtype)
+    if backend == _dispatch.REFERENCE:
         return dy @ _unpacked(values, places, m, dy.shape[1]).to(dy.dtype)
+    if backend == _dispatch.TRITON:
+        from kernels.nm import triton
+
+        return triton.input_gradient(dy.contiguous(), values, places, m)
     dx = _input_gradient_fake(dy, values, places, m)
     native().nm_input_gradient(dy.contiguous(), bits(values), places, m, dx, torch.get_num_threads())
     return dx
@@ -74,8 +87,12 @@ SAMPLED_BELOW = 1 / 3
 
 
 def _weight_gradient_kernel(dy: Tensor, x: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
-    dense = values.shape[2] > SAMPLED_BELOW * m
-    if dense or not _native_serves(dy):
+    backend = backend_for(dy.device, dy.dtype)
+    if backend == _dispatch.TRITON:
+        from kernels.nm import triton
+
+        return triton.weight_gradient(dy.contiguous(), x.contiguous(), values, places, m)
+    if backend == _dispatch.REFERENCE or values.shape[2] > SAMPLED_BELOW * m:
         _, index = to_groups(values, places, m, dy.shape[1])
         groups = (dy.mT @ x).unflatten(1, (-1, m)).gather(-1, index)  # [O, K/m, n]
         out = from_groups(groups, values.shape[0])
@@ -93,7 +110,7 @@ def _weight_gradient_fake(dy: Tensor, x: Tensor, values: Tensor, places: Tensor,
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, values, places, ctx.m, _, bias, straight_through = inputs
-    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.dense_dtype = None if straight_through is None else straight_through.dtype
     ctx.save_for_backward(x, values, places)
 
@@ -103,8 +120,11 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, wants_values, _, _, _, wants_bias, wants_dense = ctx.needs_input_grad
     dx = _input_gradient(dy, values, places, ctx.m) if wants_x else None
     kept = _weight_gradient(dy, x, values, places, ctx.m) if wants_values else None
-    bias = dy.sum(dim=0) if wants_bias else None
-    dense = (dy.mT @ x).to(ctx.dense_dtype) if wants_dense else None
+    bias = dy.sum(dim=0, dtype=ctx.bias_dtype) if wants_bias else None
+    dense = None
+    if wants_dense:
+        wide = torch.promote_types(dy.dtype, ctx.dense_dtype)
+        dense = (dy.mT.to(wide) @ x.to(wide)).to(ctx.dense_dtype)
     return dx, kept, None, None, None, bias, dense
 
 

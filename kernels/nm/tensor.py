@@ -69,6 +69,9 @@ class NMTensor:
     def to_semi_structured(self) -> Tensor:
         """torch's 2:4 tensor for CUDA (float16, bfloat16 or int8 weights on the device's own terms).
 
+        It is a copy in torch's own format, for `torch.nn.functional.linear` with an input of the same dtype, and meant
+        for many tokens.
+
         Raises ValueError for another pattern than 2:4, and for a weight that is not on a CUDA device.
         """
         if (self.n, self.m) != (2, 4) or not self.values.is_cuda:
