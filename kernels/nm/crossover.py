@@ -51,13 +51,13 @@ def speedup(n: int, m: int, tokens: int, dtype: torch.dtype = torch.float32) -> 
     return min(ratios[below], ratios[above])
 
 
-def autotune(path: Path | str | None = None, *, size: int = 1024, quick: bool = False) -> Path:
+def autotune(path: Path | str | None = None, *, size: int = 2048, quick: bool = False) -> Path:
     """Measure packed against dense products of a size x size weight on this machine and keep the table.
 
     path   where; by default the file that `speedup` and `linear` read before the table that comes along
     quick  one repetition: shows that it works
 
-    Returns the file. Takes about a minute; run it on an idle machine. Raises OSError where it cannot be written.
+    Returns the file. Takes half a minute; run it on an idle machine. Raises OSError where it cannot be written.
     """
     path = Path(path) if path else machine_file()
     rows: dict[str, dict[str, list[float]]] = {}

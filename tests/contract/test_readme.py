@@ -68,6 +68,29 @@ def test_the_times_of_splatting_are_the_measured_ones() -> None:
         assert printed == [[float(f"{value:.2g}") for value in values] for values in wanted], case
 
 
+def test_the_speeds_of_packed_weights_are_the_measured_ones() -> None:
+    found = {
+        (*row["case"].split(" ", 1), row["implementation"]): row
+        for row in committed("results/bench.json")["rows"]
+        if row["op"] == "nm" and row["call"] == "linear" and row["threads"] == 1
+    }
+    rows = table_rows("kept")
+    assert {row[0] for row in rows} == {pattern for pattern, *_ in found}
+    columns = [
+        ("4096^2 x 1", "ours float32"),
+        ("4096^2 x 1", "ours bfloat16"),
+        ("4096^2 x 1", "dense bfloat16"),
+        ("1024^2 x 256", "ours float32"),
+        ("1024^2 x 256", "dense bfloat16"),
+    ]
+    for pattern, saved, *cells in rows:
+        assert float(saved) == float(found[pattern, "4096^2 x 1", "ours float32"]["note"].split()[0])
+        for (case, implementation), cell in zip(columns, cells, strict=True):
+            row = found[pattern, case, implementation]
+            wanted = [float(f"{row[name]:.2g}") for name in ("ratio", "ratio_low", "ratio_high")]
+            assert [float(x) for x in re.findall(r"[\d.]+\d|\d+", cell.replace("..", " "))] == wanted, pattern
+
+
 def test_the_scoreboard_is_the_committed_one() -> None:
     claims = committed("scoreboard.json")["claims"]
     for paper, scale, *printed in table_rows("paper"):
