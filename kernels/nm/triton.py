@@ -1,16 +1,15 @@
 """Packed products and masks on the GPU, in Triton: float32 sums, no atomics, the same bits again.
 
-A few tokens: reading the weight is all that counts. A program reads its share of sixteen rows once, values and places
-as they lie in memory, and gathers x through the cache. More tokens: a program spreads a tile of the weight out in
-registers, by comparing places with the columns of the tile, and multiplies it on the tensor cores. That saves the
-reading of zeros and none of the arithmetic. `make gpu-check` times both beside dense products.
+A few tokens: a program reads its share of sixteen rows once, as it lies in memory, and gathers x through the cache.
+More tokens: a program spreads a tile of the weight out in registers, by comparing places with the tile's columns, and
+multiplies it on the tensor cores, which saves the reading of zeros and none of the arithmetic.
 
-float32 weights are multiplied as three tf32 products (Ootomo and Yokota 2022), about as exact as float32 ones. bfloat16
-weights meet x as it is: bfloat16, or float32 cut into three bfloat16 parts, which together hold all its bits. As in any
-dense product zeros meet all of x: with more than a few tokens a NaN or an infinity in x makes its whole token NaN.
+float32 weights are multiplied as three tf32 products (Ootomo and Yokota 2022), about as exact as float32 ones;
+bfloat16 weights with a bfloat16 x, or with a float32 x cut into three bfloat16 parts that hold all its bits. Zeros meet
+all of x: with more than a few tokens a NaN or an infinity in x makes its whole token NaN.
 
 Written for Triton 3.6 and later, CUDA; checked there by `make gpu-check`, and on the CPU in Triton's interpreter
-(TRITON_INTERPRET=1) by the tests. The sizes of tiles below are reasoned and not yet tuned on a GPU.
+(TRITON_INTERPRET=1) by the tests. Sizes of tiles are reasoned, and not yet tuned on a GPU.
 """
 
 from __future__ import annotations
@@ -236,7 +235,7 @@ def _few_kernel(
     block = tl.program_id(0)
     split = tl.program_id(1)
     token = tl.arange(0, TOKENS)
-    row = tl.arange(0, 8)  # rows are taken as their places lie in nibbles: the low eight, and the high eight
+    row = tl.arange(0, 8)  # as places lie in nibbles: the low eight rows, and the high eight
     first_slot = block.to(tl.int64) * slots
     low = tl.zeros([TOKENS, SLOTS, 8], dtype=tl.float32)
     high = tl.zeros([TOKENS, SLOTS, 8], dtype=tl.float32)
