@@ -39,7 +39,7 @@ FEW = 4  # tokens that `_few_kernel` takes
 SLOTS = 128  # kept values of each row that it reads at once
 ROWS, COLUMNS = 64, 64  # of a spread-out tile
 MOST_TOKENS = 64  # that meet a tile at once
-PROGRAMS = 512  # enough to keep a large GPU busy; a fixed number, so that the sums are the same on all of them
+PROGRAMS = 512  # enough for a large GPU; fixed, so that sums are the same on all of them
 LEAST_SHARE = 4  # steps of a loop, below which it is not cut
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -122,7 +122,7 @@ def input_gradient(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor
 def weight_gradient(dy: Tensor, x: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
     """dy^T x at the kept entries, laid out and typed as values; dy [T, rows] and x [T, K] of one dtype.
 
-    The dense product is made tile by tile, and of each tile what is kept is taken: no [rows, K] is ever in memory.
+    The dense product is made tile by tile, and what is kept is taken from each.
     """
     tokens, rows = dy.shape
     _, groups, n, _ = values.shape
@@ -161,7 +161,7 @@ def _partial(out: Tensor, splits: int) -> Tensor:
 
 
 def _added_up(partial: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """The splits' sums added in their order, which atomics would not keep; and the bias, unless a single split has."""
+    """The splits' sums added in their order; and the bias, unless a single split has."""
     if partial is not out:
         size, at_once = out.numel(), 1024
         with _on(out.device):
@@ -416,7 +416,7 @@ def _tile(
     """A tile of the weight with its zeros, [ROWS, GROUPS * WIDTH], in the dtype of the values."""
     at, live, lane = _slots(row, rows, chunk, groups, N, M, WIDTH, GROUPS)
     tile = tl.zeros([ROWS, GROUPS, WIDTH], dtype=values.dtype.element_ty)
-    if N <= 4:  # in line, so that loads of the next tile can begin early; more would only be long code
+    if N <= 4:  # in line, so that loads of the next tile can begin early
         for slot in tl.static_range(N):
             value, place = _kept(values, places, at + slot, row, live, NIBBLES)
             tile = tl.where(place[:, :, None] == lane, value[:, :, None], tile)
@@ -471,8 +471,8 @@ def _columns(chunk, groups, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.con
 def _dot(left, right, total, INTERPRETED: tl.constexpr):
     """total + left right; left may be bfloat16 where right is float32.
 
-    Tensor cores cut off what they add instead of rounding it, so that long sums made in them drift (Ootomo and Yokota
-    2022): they add up one tile, and tiles are added outside. A plain `total + part` the compiler would move inside.
+    Tensor cores cut sums off instead of rounding them, so that long ones drift (Ootomo and Yokota 2022): they add up one
+    tile, and tiles are added outside. A plain `total + part` would be moved inside by the compiler.
     """
     part = tl.zeros(total.shape, dtype=tl.float32)
     if left.dtype == right.dtype:
