@@ -156,7 +156,7 @@ def mask(score: Tensor, n: int, m: int, out: Tensor) -> None:
 
 
 def _partial(out: Tensor, splits: int) -> Tensor:
-    """Where the splits of a product leave their sums: in `out` itself if there is only one."""
+    """Where the splits of a product leave their sums."""
     return out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
 
 
@@ -209,7 +209,7 @@ def _tokens_at_once(tokens: int) -> int:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    # Triton launches on the current device, whatever the tensors say
+    # where Triton launches
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -471,8 +471,8 @@ def _columns(chunk, groups, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.con
 def _dot(left, right, total, INTERPRETED: tl.constexpr):
     """total + left right; left may be bfloat16 where right is float32.
 
-    Tensor cores cut sums off instead of rounding them, so that long ones drift (Ootomo and Yokota 2022): they add up one
-    tile, and tiles are added outside. A plain `total + part` would be moved inside by the compiler.
+    Tensor cores cut sums off instead of rounding them, so that long ones drift (Ootomo and Yokota 2022): tiles are added
+    outside, and not by a plain +, which the compiler would move inside.
     """
     part = tl.zeros(total.shape, dtype=tl.float32)
     if left.dtype == right.dtype:
@@ -515,7 +515,7 @@ def _mask_kernel(
     along = (number // inner % groups * M)[:, None] + place[None, :]
     live = (number < count)[:, None] & (place < M)[None, :] & (along < axis)
     at = (outer[:, None] * axis + along) * inner + (number % inner)[:, None]
-    # magnitudes order as their bits do; all NaN are one number above infinity, what is not there is below zero
+    # magnitudes order as their bits do; NaN are one number above infinity, what is not there is below zero
     size = tl.minimum(tl.load(bits + at, mask=live, other=0) & 0x7FFFFFFF, 0x7F800001)
     size = tl.where(live, size, -1)
     own, other = size[:, :, None], size[:, None, :]
