@@ -77,8 +77,8 @@ def linear(
 
     Gradients go to x, bias, and straight_through or packed.values.
 
-    On CUDA packed products pay with few tokens, when reading the weight is what takes the time. For many tokens and 2:4
-    there are torch's own kernels, in another format: `torch.nn.functional.linear(x, packed.to_semi_structured())` with
+    On CUDA packed products are for few tokens, when reading the weight is what takes the time. For many tokens and 2:4
+    torch has kernels of its own, for another format: `torch.nn.functional.linear(x, packed.to_semi_structured())` with
     bfloat16 x and values, where the GPU and its cuSPARSELt serve them.
 
     Returns [..., O] in the dtype of x. Raises ValueError for shapes, TypeError for dtypes, KernelUnavailable where no

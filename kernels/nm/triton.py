@@ -1,16 +1,15 @@
 """Packed products and masks on the GPU, in Triton: float32 sums, no atomics, the same bits again.
 
-A few tokens: reading the weight is all that counts. A program reads its share of sixteen rows once, values and places
-as they lie in memory, and gathers x through the cache. More tokens: a program spreads a tile of the weight out in
-registers, by comparing places with the columns of the tile, and multiplies it on the tensor cores. That saves the
-reading of zeros and none of the arithmetic. `make gpu-check` times both beside dense products.
+A few tokens: a program reads its share of sixteen rows once, as it lies in memory, and gathers x through the cache.
+More tokens: a program spreads a tile of the weight out in registers, by comparing places with the tile's columns, and
+multiplies it on the tensor cores, which saves the reading of zeros and none of the arithmetic.
 
-float32 weights are multiplied as three tf32 products (Ootomo and Yokota 2022), about as exact as float32. bfloat16
-weights meet x as it is: bfloat16, or float32 cut into three bfloat16 parts, which together hold all its bits. As in any
-dense product zeros meet all of x: with more than a few tokens a NaN or an infinity in x makes its whole token NaN.
+float32 weights are multiplied as three tf32 products (Ootomo and Yokota 2022), about as exact as float32 ones;
+bfloat16 weights with a bfloat16 x, or with a float32 x cut into three bfloat16 parts that hold all its bits. Zeros meet
+all of x: with more than a few tokens a NaN or an infinity in x makes its whole token NaN.
 
 Written for Triton 3.6 and later, CUDA; checked there by `make gpu-check`, and on the CPU in Triton's interpreter
-(TRITON_INTERPRET=1) by the tests.
+(TRITON_INTERPRET=1) by the tests. Sizes of tiles are reasoned, and not yet tuned on a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ FEW = 4  # tokens that `_few_kernel` takes
 SLOTS = 128  # kept values of each row that it reads at once
 ROWS, COLUMNS = 64, 64  # of a spread-out tile
 MOST_TOKENS = 64  # that meet a tile at once
-PROGRAMS = 512  # enough to keep a large GPU busy; a fixed number, so that the sums are the same on all of them
+PROGRAMS = 512  # enough for a large GPU; fixed, so that sums are the same on all of them
 LEAST_SHARE = 4  # steps of a loop, below which it is not cut
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -123,7 +122,7 @@ def input_gradient(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor
 def weight_gradient(dy: Tensor, x: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
     """dy^T x at the kept entries, laid out and typed as values; dy [T, rows] and x [T, K] of one dtype.
 
-    The dense product is made tile by tile, and of each tile what is kept is taken: no [rows, K] is ever in memory.
+    The dense product is made tile by tile, and what is kept is taken from each.
     """
     tokens, rows = dy.shape
     _, groups, n, _ = values.shape
@@ -157,12 +156,12 @@ def mask(score: Tensor, n: int, m: int, out: Tensor) -> None:
 
 
 def _partial(out: Tensor, splits: int) -> Tensor:
-    """Where the splits of a product leave their sums: in `out` itself if there is only one."""
+    """Where the splits of a product leave their sums."""
     return out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
 
 
 def _added_up(partial: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """The splits' sums added in their order, which atomics would not keep; and the bias, unless a single split has."""
+    """The splits' sums added in their order; and the bias, unless a single split has."""
     if partial is not out:
         size, at_once = out.numel(), 1024
         with _on(out.device):
@@ -210,7 +209,7 @@ def _tokens_at_once(tokens: int) -> int:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    # Triton launches on the current device, whatever the tensors say
+    # where Triton launches
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -236,7 +235,7 @@ def _few_kernel(
     block = tl.program_id(0)
     split = tl.program_id(1)
     token = tl.arange(0, TOKENS)
-    row = tl.arange(0, 8)  # rows are taken as their places lie in nibbles: the low eight, and the high eight
+    row = tl.arange(0, 8)  # as places lie in nibbles: the low eight rows, and the high eight
     first_slot = block.to(tl.int64) * slots
     low = tl.zeros([TOKENS, SLOTS, 8], dtype=tl.float32)
     high = tl.zeros([TOKENS, SLOTS, 8], dtype=tl.float32)
@@ -417,7 +416,7 @@ def _tile(
     """A tile of the weight with its zeros, [ROWS, GROUPS * WIDTH], in the dtype of the values."""
     at, live, lane = _slots(row, rows, chunk, groups, N, M, WIDTH, GROUPS)
     tile = tl.zeros([ROWS, GROUPS, WIDTH], dtype=values.dtype.element_ty)
-    if N <= 8:  # in line, so that loads of the next tile can begin early; more would only be long code
+    if N <= 4:  # in line, so that loads of the next tile can begin early
         for slot in tl.static_range(N):
             value, place = _kept(values, places, at + slot, row, live, NIBBLES)
             tile = tl.where(place[:, :, None] == lane, value[:, :, None], tile)
@@ -470,18 +469,23 @@ def _columns(chunk, groups, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.con
 
 @jit
 def _dot(left, right, total, INTERPRETED: tl.constexpr):
-    """total + left right; left may be bfloat16 where right is float32."""
+    """total + left right; left may be bfloat16 where right is float32.
+
+    Tensor cores cut sums off instead of rounding them, so that long ones drift (Ootomo and Yokota 2022): tiles are added
+    outside, and not by a plain +, which the compiler would move inside.
+    """
+    part = tl.zeros(total.shape, dtype=tl.float32)
     if left.dtype == right.dtype:
-        total = _product(left, right, total, INTERPRETED)
+        part = _product(left, right, part, INTERPRETED)
     else:
         high = right.to(tl.bfloat16)
         rest = right - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        total = _product(left, low, total, INTERPRETED)
-        total = _product(left, middle, total, INTERPRETED)
-        total = _product(left, high, total, INTERPRETED)
-    return total
+        part = _product(left, low, part, INTERPRETED)
+        part = _product(left, middle, part, INTERPRETED)
+        part = _product(left, high, part, INTERPRETED)
+    return tl.fma(part, 1.0, total)
 
 
 @jit
@@ -511,7 +515,7 @@ def _mask_kernel(
     along = (number // inner % groups * M)[:, None] + place[None, :]
     live = (number < count)[:, None] & (place < M)[None, :] & (along < axis)
     at = (outer[:, None] * axis + along) * inner + (number % inner)[:, None]
-    # magnitudes order as their bits do; all NaN are one number above infinity, what is not there is below zero
+    # magnitudes order as their bits do; NaN are one number above infinity, what is not there is below zero
     size = tl.minimum(tl.load(bits + at, mask=live, other=0) & 0x7FFFFFFF, 0x7F800001)
     size = tl.where(live, size, -1)
     own, other = size[:, :, None], size[:, None, :]

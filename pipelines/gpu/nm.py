@@ -22,8 +22,8 @@ from pipelines.gpu.report import Check, Timing, call_times, error, graph_times, 
 
 # |error| / |exact| of float32 sums of up to 4096 products
 WORST_ERROR = 3e-6
-# where the result itself is bfloat16: half of its last bit
-WORST_NARROW = 2**-8
+# where the result itself is bfloat16: its last bit, which a GPU rounds and the interpreter cuts off
+WORST_NARROW = 2**-7
 
 Call = Callable[[], Tensor]
 
