@@ -471,8 +471,8 @@ def _columns(chunk, groups, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.con
 def _dot(left, right, total, INTERPRETED: tl.constexpr):
     """total + left right; left may be bfloat16 where right is float32.
 
-    Tensor cores cut sums off instead of rounding them, so that long ones drift (Ootomo and Yokota 2022): tiles are added
-    outside, and not by a plain +, which the compiler would move inside.
+    Tensor cores cut sums off instead of rounding them, so that long ones drift (Ootomo and Yokota 2022): tiles are
+    added outside, and not by a plain +, which the compiler would move inside.
     """
     part = tl.zeros(total.shape, dtype=tl.float32)
     if left.dtype == right.dtype:
