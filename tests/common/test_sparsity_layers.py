@@ -35,13 +35,6 @@ HARD: list[Recipe] = [STE(), SRSTE(DECAY), Fixed(), BDWP(DECAY), BiMask(DECAY, c
 SOFT: list[Recipe] = [MDGFLinear(4, c=0.25), MDGFLinear(4, c=0.25, grad_mode="scaled"), MDGFExponential(4, c=0.5)]
 
 
-def transposable_or_skip() -> None:
-    try:
-        nm.mask(torch.rand(4, 4), 2, 4, transposable=True)
-    except NotImplementedError:
-        pytest.skip("kernels.nm.mask has no transposable masks yet")
-
-
 def everything(name: str, layer: nn.Module) -> bool:
     return True
 
@@ -83,7 +76,6 @@ def test_linear_follows_the_formulas(recipe: Recipe):
 
 
 def test_transposable_follows_the_formulas():
-    transposable_or_skip()
     model, handle, x = linear(Transposable(DECAY), n=2)
     layer, grad = handle.layers["0"], torch.randn(5, 3, 12, dtype=torch.float64)
     model(x).backward(grad)
