@@ -14,6 +14,8 @@ def build(params: Params, name: str, *, classes: int, channels: int, size: int) 
     """A network of `settings.NETWORKS` for images of channels x size x size, from torch's global generator."""
     if name == "resnet_cifar":
         return ResNetCifar(width=params.width, depth=params.depth, classes=classes, channels=channels)
+    if name == "resnet20":
+        return ResNetCifar(classes=classes, channels=channels)
     if name == "vit":
         shape = {"width": params.vit_width, "depth": params.vit_depth, "heads": params.vit_heads, "patch": params.patch}
         return ViT(size=size, classes=classes, channels=channels, **shape)

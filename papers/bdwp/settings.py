@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-NETWORKS = ("resnet_cifar", "vit", "resnet9", "vgg19", "resnet18", "resnet50")
+NETWORKS = ("resnet_cifar", "resnet20", "vit", "resnet9", "vgg19", "resnet18", "resnet50")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Params:
     Networks
         networks         some of `NETWORKS`; the first is trained in every arm
         other_arms       arms of the networks after the first
-        depth, width     of resnet_cifar: 6n + 2, and channels of its first stage
+        depth, width     of resnet_cifar: 6n + 2, and channels of its first stage; resnet20 is the published one
         patch, vit_width, vit_depth, vit_heads   of the vision transformer
 
     Arms

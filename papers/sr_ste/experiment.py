@@ -69,6 +69,8 @@ def build(params: Params, arm: Arm, *, classes: int, channels: int) -> tuple[nn.
     """
     if arm.network == "resnet_cifar":
         network: nn.Module = ResNetCifar(width=params.width, depth=params.depth, classes=classes, channels=channels)
+    elif arm.network == "resnet20":
+        network = ResNetCifar(classes=classes, channels=channels)
     else:
         from torchvision import models
 

@@ -32,7 +32,7 @@ def accuracy(ax: Axes, top1: Rows, kinds: Mapping[str, str]) -> Axes:
     if dense.n > 1:
         ax.axhspan(dense.low, dense.high, color="black", alpha=0.1, linewidth=0)
     ax.set_xscale("log", base=2)
-    ax.set_xticks([2, 4, 8, 16], ["1/2", "1/4", "1/8", "1/16"])
+    ax.set_xticks([2, 4, 8, 16, 32], ["1/2", "1/4", "1/8", "1/16", "1/32"])
     ax.minorticks_off()
     ax.set(xlabel="share of weights kept", ylabel="top-1 on the test images, %")
     ax.legend()

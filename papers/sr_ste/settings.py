@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+NETWORKS = ("resnet_cifar", "resnet20", "resnet18", "resnet50")
+
 
 @dataclass(frozen=True)
 class Params:
@@ -20,9 +22,9 @@ class Params:
         augment          random crops and mirrors in training
 
     Network
-        networks         resnet_cifar, resnet18, resnet50; the first is trained in every arm
+        networks         resnet_cifar, resnet20, resnet18, resnet50; the first is trained in every arm
         other_arms       arms of the networks after the first
-        depth, width     of resnet_cifar: 6n + 2, and channels of its first stage
+        depth, width     of resnet_cifar: 6n + 2, and channels of its first stage; resnet20 is the published one
 
     Patterns
         sr_ste, ste      patterns trained with SR-STE and with STE
@@ -79,9 +81,9 @@ class Params:
             raise ValueError(
                 f"sweep_pattern is {self.sweep_pattern!r}, expected one of both sr_ste {self.sr_ste} and ste {self.ste}"
             )
-        unknown = set(self.networks) - {"resnet_cifar", "resnet18", "resnet50"}
+        unknown = set(self.networks) - set(NETWORKS)
         if unknown or not self.networks:
-            raise ValueError(f"networks are {self.networks}, expected some of resnet_cifar, resnet18, resnet50")
+            raise ValueError(f"networks are {self.networks}, expected some of {', '.join(NETWORKS)}")
 
 
 def parse(pattern: str) -> tuple[int, int]:

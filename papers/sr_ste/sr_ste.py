@@ -257,6 +257,8 @@ known = {
     "4:8 - 2:4": ("sr_ste/4:8", "sr_ste/2:4"),
     "2:8 - 1:4": ("sr_ste/2:8", "sr_ste/1:4"),
     "channels - positions at 2:4": ("sr_ste/2:4", "by_position/2:4"),
+    "ResNet-20, SR-STE - STE at 2:4": ("resnet20/sr_ste/2:4", "resnet20/ste/2:4"),
+    "ResNet-20, SR-STE at 2:4 - dense": ("resnet20/sr_ste/2:4", "resnet20/dense"),
 }
 pairs |= {label: pair for label, pair in known.items() if all(name in top1 for name in pair)}
 for place, (first, second) in enumerate(pairs.values()):
@@ -331,7 +333,8 @@ for name, rows in seconds.items():
 # ## 8. Verdicts
 #
 # Each claim, judged. *Not tested* names what a claim would need; *refuted* is a result. Remember the scale: at `laptop`
-# a network of 75 thousand weights has seen ten thousand small photographs four times.
+# a network of 75 thousand weights, in three arms one of 270 thousand, has seen ten thousand small photographs four
+# times.
 
 # %%
 record.close()

@@ -140,11 +140,18 @@ def test_the_backward_view_keeps_most_of_what_is_legal():
 # --------------------------------------------------------------------------------------------------- arms, trainings
 
 
-def test_arms_of_both_networks_are_named():
+def test_arms_of_all_networks_are_named():
     names = experiment.arms(parameters.load(Params, "bdwp", "laptop"))
     assert list(names)[:3] == ["dense", "sr_ste/2:8", "bdwp/2:8"]
     assert names["vit/bdwp/2:8"] == experiment.Arm("vit", "bdwp", "2:8")
-    assert len(names) == 13
+    assert names["resnet20/dense"] == experiment.Arm("resnet20", "dense", "2:8")
+    assert len(names) == 17
+
+
+def test_resnet20_is_the_published_one_whatever_the_depth_of_the_first():
+    network = networks.build(tiny(), "resnet20", classes=10, channels=3, size=16)
+    assert sum(weight.numel() for weight in network.parameters()) == 269_722
+    assert len(networks.build(tiny(), "resnet_cifar", classes=10, channels=3, size=16).blocks) == 3
 
 
 @pytest.mark.parametrize("name", ["bdwp/2:8", "bi_mask/2:8", "transposable/2:8", "sr_ste/2:8", "vit/bdwp/2:8"])

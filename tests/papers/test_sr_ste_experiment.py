@@ -72,6 +72,13 @@ def test_the_paper_profile_trains_a_second_network_in_some_arms():
     assert found["sr_ste/2:4"].decay == 2e-4
 
 
+def test_resnet20_is_the_published_one_and_leaves_its_narrow_stage_dense_at_1_32():
+    params = parameters.load(Params, "sr_ste", "laptop")
+    network, handle = experiment.build(params, experiment.Arm("resnet20", "sr_ste", "1:32"), classes=10, channels=3)
+    assert sum(weight.numel() for weight in network.parameters()) == 269_722
+    assert len(handle.layers) == 11, "of 19 convolutions those with at least 32 input channels"
+
+
 def test_every_claim_of_the_laptop_profile_has_its_arms():
     from common import claims, paths
 
@@ -105,10 +112,12 @@ def test_stem_and_head_stay_dense_and_all_else_is_sparse():
 
 def test_every_pattern_fits_every_sparse_layer_of_the_laptop_network():
     params = parameters.load(Params, "sr_ste", "laptop")
-    counts = {
-        len(experiment.build(params, arm, classes=10, channels=3)[1].layers) for arm in experiment.arms(params).values()
+    layers = {
+        name: len(experiment.build(params, arm, classes=10, channels=3)[1].layers)
+        for name, arm in experiment.arms(params).items()
     }
-    assert counts == {6}
+    assert layers.pop("sr_ste/1:32") == 3, "32 does not divide the 16 channels of the first stage"
+    assert all(count == (18 if name.startswith("resnet20/") else 6) for name, count in layers.items())
 
 
 # ----------------------------------------------------------------------------------------------------------- training

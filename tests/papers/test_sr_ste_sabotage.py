@@ -40,6 +40,9 @@ RIGHT = {
     "by_position/2:4": 77.1,
     "sr_ste/1:8x10": 74.0,
     "sr_ste/1:8x1000": 70.0,
+    "resnet20/dense": 77.2,
+    "resnet20/sr_ste/2:4": 77.0,
+    "resnet20/ste/2:4": 76.0,
     "resnet18/sr_ste/2:4": 71.2,
     "resnet18/ste/2:4": 69.9,
 }
@@ -198,6 +201,8 @@ SABOTAGE = {
     # at a known accuracy
     "two-four-loses-nothing": lambda: spoilt("sr_ste/2:4", "ste/2:4"),
     "two-four-loses-nothing-small": lambda: spoilt("sr_ste/2:4", "sr_ste/1:4"),
+    "two-four-loses-nothing-resnet20": lambda: spoilt("resnet20/sr_ste/2:4", "sr_ste/1:4"),
+    "over-ste-2-4-resnet20": lambda: spoilt("resnet20/sr_ste/2:4", "resnet20/ste/2:4"),
     "over-ste-r18": lambda: spoilt("resnet18/sr_ste/2:4", "resnet18/ste/2:4"),
     "over-ste-2-4-small": lambda: spoilt("sr_ste/2:4", "ste/2:4"),
     "over-ste-1-8-small": lambda: spoilt("sr_ste/1:8", "ste/1:8"),
