@@ -344,9 +344,9 @@ for arm in params.arms:
     print(f"{figures.label(arm):22s} {np.mean(values):8.3f}  " + "  ".join(f"{value:.3f}" for value in values))
 
 # %% [markdown]
-# **More tokens.** The paper finds a power law. A power law is a straight line here, and then the middle one of three
-# equally spaced gaps is the geometric mean of its neighbours: $g_2^2/(g_1g_3)=1$. The gap is taken to the dense model
-# that was trained on for as long.
+# **More tokens.** The paper finds a power law. If the tokens double from gap to gap, the middle of three is then the
+# geometric mean of its neighbours: $g_2^2/(g_1g_3)=1$. The gap is taken to the dense model that was trained on for as
+# long.
 
 # %%
 gaps = {

@@ -100,15 +100,21 @@ def patterns(ax: Axes, names: Sequence[str], found: Mapping[str, Mapping[str, Se
 
 
 def gaps(ax: Axes, tokens: Sequence[float], rows: Sequence[Sequence[float]]) -> Axes:
-    """Gap to the dense model against training tokens on two logarithmic axes: thin the seeds, thick a line through
-    the mean's ends, on which a power law would lie."""
+    """Gap to the dense model against training tokens: thin the seeds, thick their mean, dashed the power law through
+    the mean's ends. The axes are logarithmic, on which that is a straight line, unless a gap is not above zero."""
     for row in rows:
         ax.plot(tokens, row, color=plots.COLORS[0], alpha=0.4, linewidth=0.8, marker="o")
     mean = np.mean(rows, axis=0)
     ax.plot(tokens, mean, color=plots.COLORS[0], marker="o", label="CAST, mean of the seeds")
-    ax.plot([tokens[0], tokens[-1]], [mean[0], mean[-1]], color=plots.COLORS[1], linestyle="--", label="a power law")
+    if min(mean[0], mean[-1]) > 0:  # else no power law goes through them
+        at = np.geomspace(tokens[0], tokens[-1], 50)
+        power = np.log(mean[-1] / mean[0]) / np.log(tokens[-1] / tokens[0])
+        law = mean[0] * (at / tokens[0]) ** power
+        ax.plot(at, law, color=plots.COLORS[1], linestyle="--", label="power law through the ends")
     if (np.array(rows) > 0).all():
         ax.set(xscale="log", yscale="log")
+    else:
+        ax.axhline(0, color="black", linewidth=1)
     ax.set(xlabel="training tokens", ylabel="perplexity above the dense model's")
     ax.legend()
     return ax
