@@ -80,6 +80,13 @@ def build(params: Params, arm: Arm, *, classes: int, channels: int) -> tuple[nn.
     return network, sparsify_(network, NMConfig(n, m, recipe=method.recipe(arm.recipe, arm.decay)))
 
 
+def partly_dense(params: Params, *, classes: int, channels: int) -> set[str]:
+    """The arms of the first network that leave layers dense which others make sparse, for m does not divide them."""
+    own = {name: arm for name, arm in arms(params).items() if arm.network == params.networks[0]}
+    sparse = {name: len(build(params, arm, classes=classes, channels=channels)[1].layers) for name, arm in own.items()}
+    return {name for name, count in sparse.items() if count < max(sparse.values())}
+
+
 @seeds.one_thread()  # networks as small as ours only lose by a second one, and a GPU has no use for it
 def fit(params: Params, arm: Arm, data: InMemory | Folder, seed: int, *, progress: Callable = no_bar) -> dict:
     """Train one arm with one seed and measure it.

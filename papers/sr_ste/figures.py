@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from common import plots, stats
@@ -14,19 +14,25 @@ if TYPE_CHECKING:
 Rows = Mapping[str, Sequence[float]]  # by arm: the value of each seed
 
 
-def accuracy(ax: Axes, top1: Rows, kinds: Mapping[str, str]) -> Axes:
-    """Top-1 against the share of weights kept; one series for each of `kinds` {prefix of the arms: label}, its
-    patterns joined where they have the same n, and the dense network as a band."""
+def accuracy(ax: Axes, top1: Rows, kinds: Mapping[str, str], apart: Collection[str]) -> Axes:
+    """Top-1 against the share of weights kept in the sparse layers; one series for each of `kinds` {prefix of the arms:
+    label}, its patterns joined where they have the same n, but for those arms that stand `apart` with more layers left
+    dense, marked by a star; and the dense network as a band."""
     for index, (prefix, label) in enumerate(kinds.items()):
         found = {name.split("/")[1]: row for name, row in top1.items() if name.split("/")[0] == prefix}
         found = {pattern: row for pattern, row in found.items() if "x" not in pattern}
         for number, n in enumerate(sorted({parse(pattern)[0] for pattern in found})):
             chosen = sorted((p for p in found if parse(p)[0] == n), key=lambda p: parse(p)[1])
-            at = [parse(p)[1] / n * (1 + 0.04 * index - 0.04 * number) for p in chosen]  # beside one another
-            bars(ax, at, [found[p] for p in chosen], label if not number else "", index, marker=plots.MARKERS[number])
-            for x, pattern in zip(at, chosen, strict=True) if index == 0 else ():  # one label a place
-                mean = sum(found[pattern]) / len(found[pattern])
-                ax.annotate(pattern, (x, mean), (-6, 4), textcoords="offset points", ha="right", fontsize="small")
+            at = {p: parse(p)[1] / n * (1 + 0.04 * index - 0.04 * number) for p in chosen}  # beside one another
+            alone = [p for p in chosen if f"{prefix}/{p}" in apart]
+            joined = [p for p in chosen if p not in alone]
+            for part in (joined, *([p] for p in alone)):
+                name = label if part is joined and not number else ""
+                bars(ax, [at[p] for p in part], [found[p] for p in part], name, index, marker=plots.MARKERS[number])
+            for pattern in chosen if index == 0 else ():  # one label a place
+                mean, star = sum(found[pattern]) / len(found[pattern]), "*" if pattern in alone else ""
+                place = at[pattern], mean
+                ax.annotate(pattern + star, place, (-6, 4), textcoords="offset points", ha="right", fontsize="small")
     dense = stats.interval(top1["dense"])
     ax.axhline(dense.mean, color="black", linewidth=1, label="dense")
     if dense.n > 1:

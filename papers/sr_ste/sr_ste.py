@@ -240,9 +240,13 @@ for name, row in top1.items():
 fig, ax = plt.subplots(figsize=(7.5, 4.5))
 kinds = {"sr_ste": "SR-STE", "ste": "STE", "by_position": "SR-STE along kernel positions"}
 present = {kind: label for kind, label in kinds.items() if any(name.startswith(f"{kind}/") for name in top1)}
-figures.accuracy(ax, top1, present)
+apart = experiment.partly_dense(params, classes=images.classes, channels=images.channels)
+figures.accuracy(ax, top1, present, apart)
 record.figure(
-    "accuracy", fig, "Top-1 against the share of weights kept; bars are 95 % intervals of the mean over seeds."
+    "accuracy",
+    fig,
+    "Top-1 against the share of weights kept in sparse layers; bars are 95 % intervals of the mean over seeds. With a "
+    "star: more layers stay dense, as m does not divide their channels.",
 )
 
 # %% [markdown]

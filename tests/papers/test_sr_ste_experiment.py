@@ -118,6 +118,7 @@ def test_every_pattern_fits_every_sparse_layer_of_the_laptop_network():
     }
     assert layers.pop("sr_ste/1:32") == 3, "32 does not divide the 16 channels of the first stage"
     assert all(count == (18 if name.startswith("resnet20/") else 6) for name, count in layers.items())
+    assert experiment.partly_dense(params, classes=10, channels=3) == {"sr_ste/1:32"}, "as the figure's star says"
 
 
 # ----------------------------------------------------------------------------------------------------------- training
