@@ -65,6 +65,11 @@ def sparsify(
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, 1, cutoff=0)[0]
         raise SparsifyError(f"--method {method}: expected one of {', '.join(METHODS)}; did you mean {near}?")
+    if not 1 <= n < m <= 256:
+        raise SparsifyError(f"got {n}:{m}; expected 1 <= n < m <= 256, for instance --n 2 --m 8")
+    for name, typed in (("model", model), ("data", data)):
+        if not typed:
+            raise SparsifyError(f"--{name} is empty; expected a name or a path; see resparse sparsify --help")
     base = Path(model.rpartition(":")[2]).absolute().name
     folder = out or Path(f"{base}_{n}of{m}")
     options = Options(
