@@ -60,11 +60,9 @@ def sparsify(
     train/<class>/ and val/<class>/, or in <class>/ alone, of which a tenth is held out. A training that was stopped
     goes on where it was by the same command.
     """
-    from pipelines.sparsify_tasks import Options, SparsifyError
+    from pipelines.sparsify_tasks import Options
 
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, 1, cutoff=0)[0]
-        raise SparsifyError(f"--method {method}: expected one of {', '.join(METHODS)}; did you mean {near}?")
+    _refuse(model, data, n, m, method)
     base = Path(model.rpartition(":")[2]).absolute().name
     folder = out or Path(f"{base}_{n}of{m}")
     options = Options(
@@ -153,6 +151,20 @@ def _introduce(
     for why, names in reasons.items():
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         console.print(f"         {', '.join(names[:SHOWN])}{more}: dense, {why}", markup=False)
+
+
+def _refuse(model: str, data: str, n: int, m: int, method: str) -> None:
+    """What is wrong at sight, before anything is loaded."""
+    from pipelines.sparsify_tasks import SparsifyError
+
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, 1, cutoff=0)[0]
+        raise SparsifyError(f"--method {method}: expected one of {', '.join(METHODS)}; did you mean {near}?")
+    if not 1 <= n < m <= 256:
+        raise SparsifyError(f"got {n}:{m}; expected 1 <= n < m <= 256, for instance --n 2 --m 8")
+    for name, typed in (("model", model), ("data", data)):
+        if not typed:
+            raise SparsifyError(f"--{name} is empty; expected a name or a path; see resparse sparsify --help")
 
 
 def _look_at(folder: Path) -> None:

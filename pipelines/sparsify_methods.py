@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ CHECKPOINTS, CHECKPOINT_S = 20, 300.0  # a checkpoint after each twentieth of th
 WARMUP, CLIP = 0.05, 1.0  # share of the steps; norm of the gradient
 ADAM_LR, SGD_LR, SGD_MOMENTUM, SGD_DECAY = 2e-4, 1e-2, 0.9, 1e-4
 CAST_HEADROOM = 4.0  # mean magnitudes that a pruned weight can be moved by
+LOST = 100.0  # nats a token or an image: to guess among a million takes 14
 MEASURED = 8  # batches of the gradient's scale
 
 
@@ -55,8 +57,6 @@ def choose(opened: Opened, options: Options) -> tuple[list[str], dict[str, str]]
     names something that cannot be pruned, or nothing is left.
     """
     network, n, m = opened.network, options.n, options.m
-    if not 1 <= n < m <= 256:
-        raise SparsifyError(f"got {n}:{m}; expected 1 <= n < m <= 256, for instance --n 2 --m 8")
     with as_one_line():
         handle = sparsify_(network, NMConfig(n, m, where=list(options.where) or None, recipe=Dense()))
     names, skipped = list(handle.layers), handle.skipped
@@ -192,12 +192,21 @@ def _train(task: Task, network: nn.Module, training: _Training, options: Options
         step = done + count
         if step % every == 0 or time.monotonic() - looked > CHECKPOINT_S:
             looked = time.monotonic()
-            if _is_good(task, network):
+            if not _fault(task, network):
                 _keep(kept, network, training, step)
                 good = step
 
     def bar(iterable: Any, title: str, *, total: int) -> Any:
-        return tqdm(iterable, f"{options.method} {options.n}:{options.m}", options.steps, initial=done, unit="step")
+        title = f"{options.method} {options.n}:{options.m}"
+        return tqdm(iterable, title, options.steps, initial=done, unit="step", file=sys.stdout, ascii=True)
+
+    def broken(what: str, step: int) -> SparsifyError:
+        if good:
+            left = f"the last good state, after step {good}, is kept in {kept}; give the same command with a smaller "
+            left += f"--lr to go on from there, or remove {options.out} to begin anew"
+        else:
+            left = "no step was good yet; give the same command with a smaller --lr"
+        return SparsifyError(f"{what} in step {step} of {options.steps} at learning rate {training.lr:g}; {left}")
 
     if done == options.steps:
         return
@@ -213,21 +222,26 @@ def _train(task: Task, network: nn.Module, training: _Training, options: Options
             progress=bar,
         )
     except NonFiniteError as error:
-        left = f"the last good state, after step {good}, is kept in {kept}" if good else "no step was good yet"
-        raise SparsifyError(
-            f"loss or gradient is not finite in step {done + error.step + 1} of {options.steps} at learning rate "
-            f"{training.lr:g}; {left}; give the same command with a smaller --lr to go on from there"
-        ) from error
+        raise broken("loss or gradient is not finite", done + error.step + 1) from error
     except ValueError as error:
         raise SparsifyError(str(error)) from error
+    if fault := _fault(task, network):
+        raise broken(fault, options.steps)
 
 
-def _is_good(task: Task, network: nn.Module) -> bool:
-    """Whether the weights give a finite loss on held-out data: those after an update have not been tried yet."""
-    with torch.no_grad():
-        found = loss(task, network.eval(), task.probe()).item()
+def _fault(task: Task, network: nn.Module) -> str:
+    """What is wrong with the weights by their loss and gradient on held-out data, or nothing.
+
+    Those after an update have not been tried yet, and a normalisation can hide from the loss that they run away.
+    """
+    network.eval()  # nothing is drawn, and no statistics are kept
+    found = loss(task, network, task.probe())
+    slopes = torch.autograd.grad(found, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
     network.train()
-    return math.isfinite(found)
+    norm = nn.utils.get_total_norm([slope for slope in slopes if slope is not None])
+    if not (math.isfinite(found.item()) and math.isfinite(norm.item())):
+        return "loss or gradient is not finite"
+    return f"the weights have run away (a held-out loss of {found.item():.3g} nats)" if found.item() > LOST else ""
 
 
 def _keep(path: Path, network: nn.Module, training: _Training, step: int) -> None:

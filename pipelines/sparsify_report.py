@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from common import files, provenance
+from common.sparsity.packed import PackedLinear
 from common.sparsity.pretrained import WEIGHTS, Opened, cast_
 from common.sparsity.report import Report
 from pipelines.sparsify_tasks import Options, SparsifyError, Task
@@ -44,6 +45,7 @@ class Findings:
     loaded: float = 0.0
     difference: float = 0.0
     largest: float = 0.0
+    packed_layers: int = 0
     speeds: list[Speed] = field(default_factory=list)
 
 
@@ -57,6 +59,7 @@ def compare(task: Task, dense: nn.Module, loaded: nn.Module, dtype: torch.dtype,
         expected, got = (task.predict(network, batch)[0].double() for network in (dense, loaded))
     found.difference = (got - expected).abs().max().item()
     found.largest = expected.abs().max().item()
+    found.packed_layers = sum(isinstance(layer, PackedLinear) for layer in loaded.modules())
     if not found.difference <= ROUNDING[dtype] * found.largest:
         raise SparsifyError(
             f"the loaded model computes something else: outputs differ by up to {found.difference:.3g}, of up to "
@@ -146,7 +149,23 @@ def _summary(task: Task, found: Findings, options: Options) -> list[str]:
         f"loaded back: {task.metric} {found.loaded:.6g}{unit}, {found.pruned:.6g}{unit} before it was packed; outputs "
         f"differ by up to {found.difference:.2g}, of up to {found.largest:.3g}",
         f"file: {WEIGHTS}, {(options.out / WEIGHTS).stat().st_size / 2**20:.2f} MiB",
+        *_verdict(found),
     ]
+
+
+def _verdict(found: Findings) -> list[str]:
+    """What the times mean for a user; nothing is called a gain or a loss where the quartiles do not agree."""
+    packed = [speed for speed in found.speeds if speed.model.startswith("packed")]
+    if not packed:
+        return []
+    told = ", ".join(f"{speed.ratio[1]:.2f} times as fast as dense at {speed.inputs}" for speed in packed)
+    if not found.packed_layers:
+        return [f"speed here: {told}; no layer runs packed, so a difference is noise: what is saved is the file"]
+    if all(speed.ratio[0] > 1 for speed in packed):
+        return [f"speed here: {told}"]
+    if all(speed.ratio[2] < 1 for speed in packed):
+        return [f"speed here: {told}; no gain here, what is saved is the file"]
+    return [f"speed here: {told}; a gain only where that is above 1"]
 
 
 def _speed_rows(found: Findings) -> list[list[str]]:

@@ -132,7 +132,12 @@ class Text:
 
     def score(self, network: nn.Module) -> float:
         model = CausalLM(network).train(network.training)  # it is put back into the mode that it seems to have
-        return perplexity(model, self.held, context=self.length, batch=self.options.batch)
+        try:
+            return perplexity(model, self.held, context=self.length, batch=self.options.batch)
+        except OverflowError as error:
+            raise SparsifyError(
+                "the perplexity on held-out data is more than a number can hold: the model's weights are broken"
+            ) from error
 
     def run(self, network: nn.Module, inputs: Tensor) -> Tensor:
         return network(input_ids=inputs, use_cache=False).logits
@@ -262,9 +267,18 @@ class Images:
 
 
 def image_classes(name: str) -> int:
-    """How many classes a folder of images has: folders in it, or in its train/. Raises SparsifyError where none."""
+    """How many classes a folder of images has: folders in it, or in its train/.
+
+    Raises SparsifyError where there are none, or a train/ without a val/.
+    """
     root = Path(name).expanduser()
-    root = root / "train" if (root / "train").is_dir() else root
+    if (root / "train").is_dir():
+        if not (root / "val").is_dir():
+            raise SparsifyError(
+                f"--data {name}: there is a train and no val; expected NAME/train/<class>/*.jpg and the same in "
+                "NAME/val, or NAME/<class>/*.jpg alone"
+            )
+        root /= "train"
     found = sum(path.is_dir() for path in root.iterdir()) if root.is_dir() else 0
     if not found:
         raise SparsifyError(
@@ -315,10 +329,18 @@ def _view(opened: Opened, size: int, *, training: bool) -> Any:
 
 
 def _files(subset: Subset) -> list[str]:
-    folder: Any = subset.dataset
-    return [folder.samples[index][0] for index in subset.indices]
+    part: Any = subset.dataset  # a folder, or a part of one
+    every = _files(part) if isinstance(part, Subset) else [file for file, _ in part.samples]
+    return [every[index] for index in subset.indices]
 
 
 def _load(subset: Subset, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    loaded: list[Any] = [subset[index] for index in chosen.tolist()]
+    loaded: list[Any] = []
+    for index in chosen.tolist():
+        try:
+            loaded.append(subset[index])
+        except OSError as error:  # Pillow does not always say which
+            file = _files(subset)[index]
+            reason = str(error).splitlines()[0]
+            raise SparsifyError(f"{file} cannot be read as an image ({reason}); mend or remove it") from error
     return torch.stack([pixels for pixels, _ in loaded]), torch.tensor([label for _, label in loaded])

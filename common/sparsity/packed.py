@@ -26,6 +26,7 @@ from common import files
 from common.sparsity.layers import NMLayer, NMLinear
 from common.sparsity.rules import DIMENSION, Axis
 from kernels import nm
+from kernels.nm.tensor import NIBBLES
 
 __all__ = ["PackedFileError", "PackedLinear", "load_packed", "pack_", "save_packed"]
 
@@ -122,14 +123,7 @@ def load_packed(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
     tensors, header = _read(Path(path))
     masks = {}
     for name, about in header.items():
-        key = _weight(name)
-        values, places = tensors.pop(f"{key}.values"), tensors.pop(f"{key}.places")
-        shape, axis = torch.Size(about["shape"]), about["axis"]
-        columns = shape[DIMENSION[axis]]
-        packed = nm.NMTensor(values, places, (shape.numel() // columns, columns), about["n"], about["m"])
-        ones = nm.NMTensor(torch.ones_like(values), places, packed.shape, packed.n, packed.m)
-        tensors[key] = _from_rows(packed.to_dense(), shape, axis)
-        masks[name] = _from_rows(ones.to_dense(), shape, axis) > 0
+        tensors[_weight(name)], masks[name] = _unpacked(Path(path), tensors, name, about)
     expected = model.state_dict()
     if wrong := sorted(
         key for key in tensors.keys() | expected.keys() if _shape(tensors.get(key)) != _shape(expected.get(key))
@@ -160,7 +154,37 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} has version {metadata.get('version')!r} of the packed format; this code reads {VERSION!r}: save "
             "the model again, or use the release that wrote it"
         )
-    return tensors, json.loads(metadata["layers"])
+    try:
+        layers = dict(json.loads(metadata["layers"]))
+    except (KeyError, TypeError, ValueError):
+        raise PackedFileError(f"{path} is damaged: its header does not list the layers; save the model again") from None
+    return tensors, layers
+
+
+def _unpacked(path: Path, tensors: dict[str, Tensor], name: str, about: Any) -> tuple[Tensor, Tensor]:
+    """A layer's weight with zeros, and its mask; takes what is stored of it out of `tensors`.
+
+    Everything is checked first: the kernels write where `places` says.
+    """
+    key = _weight(name)
+    try:
+        shape, axis = torch.Size(about["shape"]), about["axis"]
+        columns = shape[DIMENSION[axis]]
+        values, places = tensors.pop(f"{key}.values"), tensors.pop(f"{key}.places")
+        packed = nm.NMTensor(values, places, (shape.numel() // columns, columns), about["n"], about["m"])
+        ones = nm.NMTensor(torch.ones_like(values), places, packed.shape, packed.n, packed.m)
+        if not values.is_floating_point():
+            raise TypeError(f"values of {values.dtype}")
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, LookupError) else str(error)
+        raise PackedFileError(f"{path} is damaged at layer {name!r} ({what}); save the model again") from error
+    both = places if packed.m > NIBBLES else torch.maximum(places & 15, places >> 4)
+    if both.numel() and int(both.max()) >= packed.m:
+        raise PackedFileError(
+            f"{path} is damaged at layer {name!r} (a place of {int(both.max())} in groups of {packed.m}); save the "
+            "model again"
+        )
+    return _from_rows(packed.to_dense(), shape, axis), _from_rows(ones.to_dense(), shape, axis) > 0
 
 
 def _packed(name: str, layer: NMLayer, dtype: torch.dtype | None = None) -> nm.NMTensor:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,10 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
         masks = load_packed(folder / WEIGHTS, network)
     linear = {name: mask for name, mask in masks.items() if type(network.get_submodule(name)) is nn.Linear}
     if linear:
-        sparse(network, linear, about["n"], about["m"])
+        try:
+            sparse(network, linear, about["n"], about["m"])
+        except ValueError as error:
+            raise PackedFileError(f"{folder}: {ABOUT} and {WEIGHTS} do not belong together ({error})") from error
         pack_(network)
     return network.eval(), tokenizer
 
@@ -254,7 +258,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             found: Any = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each have their own
+    except pickle.UnpicklingError as error:  # torch's message advises to load it unsafely
+        raise MissingWeights(
+            f"{path} is no file of tensors alone; expected a state dict, as torch.save(model.state_dict(), F) makes it"
+        ) from error
+    except Exception as error:  # zip and safetensors each have their own
         raise MissingWeights(f"{path} cannot be read ({str(error).splitlines()[0]}); expected a state dict") from error
     for key in ("state_dict", "model"):  # as timm's and torchvision's own training scripts wrap it
         if isinstance(found, dict) and isinstance(found.get(key), dict):
@@ -276,13 +284,18 @@ def _about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by `resparse sparsify`")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise PackedFileError(f"{path} is no JSON; write the model again") from None
+        about = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        raise PackedFileError(f"{path} is no JSON of a model; write the model again") from None
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         raise PackedFileError(
             f"{path} has format {about.get('format')!r}, version {about.get('version')!r}; this code reads {FORMAT!r}, "
             f"version {VERSION}: save the model again, or use the release that wrote it"
+        )
+    missing = [key for key in ("kind", "name", "classes", "dtype", "n", "m") if key not in about]
+    if missing or about["kind"] not in get_args(Kind) or about["dtype"] not in ("float32", "bfloat16"):
+        raise PackedFileError(
+            f"{path} is damaged ({f'no {missing[0]}' if missing else 'kind or dtype'}); save it again"
         )
     return about
 
@@ -294,6 +307,7 @@ def _rebuild(folder: Path, about: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     dtype = getattr(torch, about["dtype"])
+    _require_layout(folder)
     network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     return CausalLM(network).network, AutoTokenizer.from_pretrained(folder)
 

@@ -13,11 +13,16 @@ from kernels import nm
 
 __all__ = ["LayerReport", "Report", "report"]
 
+# Weights of the smallest layer that the table of kernels.nm.speedup, made with 2048 x 2048, is taken to speak of. In
+# smaller ones the call takes longer than the product: with 512 x 512 at one token packed 2:8 is slower than dense.
+LEAST = 1024 * 1024
+
 
 @dataclass(frozen=True)
 class LayerReport:
     """One sparse layer. `speedup`: of its packed product over torch's dense one of the same dtype at `Report.tokens`,
-    as kernels.nm.speedup knows it; None where no packed product serves it or nothing was measured."""
+    as kernels.nm.speedup knows it; 1 where no packed product serves it; None where nothing was measured, or for a
+    layer smaller than what was."""
 
     name: str
     pattern: str
@@ -53,9 +58,8 @@ class Report:
 
     def __str__(self) -> str:
         width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [
-            f"{'layer':{width}}  pattern    weights     kept   dense KiB  packed KiB  speed-up at {self.tokens} tokens"
-        ]
+        header = f"{'layer':{width}}  pattern    weights     kept   dense KiB  packed KiB"
+        lines = [f"{header}  expected speed-up at {_told(self.tokens)}"]
         for layer in self.layers:
             lines.append(
                 f"{layer.name:{width}}  {layer.pattern:7}{layer.weights:11,}{layer.kept / layer.weights:9.1%}"
@@ -66,12 +70,13 @@ class Report:
             f"{self.dense_bytes / 2**20:.2f} MiB"
         )
         if self.speedup is None:
-            lines.append("speed: not claimed, some layer was not measured; see the last column")
+            lines.append("speed: nothing claimed, it is unknown of some layers; see the last column")
         elif self.speedup <= 1:
-            lines.append("speed: none to be had from these layers at so many tokens on this machine")
+            lines.append(f"speed: no gain is expected from these layers at {_told(self.tokens)}")
         else:
             lines.append(
-                f"speed: the sparse layers together {self.speedup:.2f} times as fast, on one thread of this CPU"
+                f"speed: the sparse layers' products together {self.speedup:.2f} times as fast on one thread of a CPU, "
+                "by the table of kernels.nm.speedup"
             )
         return "\n".join(lines)
 
@@ -110,17 +115,19 @@ def _layer(name: str, layer: NMLayer | PackedLinear, tokens: int) -> LayerReport
     if isinstance(layer, PackedLinear):
         weight = layer.weight
         n, m, count, dtype, packed = layer.n, layer.m, weight.shape[0] * weight.shape[1], weight.dtype, weight.nbytes
-        servable = True
+        served = True
     else:
         if layer.kept is None or layer.rule.beta > 0:
             raise ValueError(f"report: {name!r} has no hard mask yet; call finalize_() on its handle first")
         n, m, count, dtype = layer.rule.n, layer.rule.m, layer.weight.numel(), layer.weight.dtype
         kept = count * n // m
         packed = kept * layer.weight.element_size() + (kept // 2 if m <= 16 else kept)
-        servable = isinstance(layer, nn.Linear) and layer.axis == "in"
-    ratio = nm.speedup(n, m, tokens, dtype) if servable else None
-    if not servable:
+        served = isinstance(layer, nn.Linear) and layer.axis == "in"
+    ratio = 1.0 if not served else nm.speedup(n, m, tokens, dtype) if count >= LEAST else None
+    if not served:
         note = "none: no packed product for this kind of layer"
+    elif count < LEAST:
+        note = "unknown: smaller than what was measured"
     elif ratio is None:
         note = "unknown: not measured here, run kernels.nm.autotune()"
     elif ratio < 1:
@@ -128,4 +135,8 @@ def _layer(name: str, layer: NMLayer | PackedLinear, tokens: int) -> LayerReport
     else:
         note = f"{ratio:.2f}"
     size = torch.finfo(dtype).bits // 8
-    return LayerReport(name, f"{n}:{m}", count, count * n // m, count * size, packed, ratio if servable else 1.0, note)
+    return LayerReport(name, f"{n}:{m}", count, count * n // m, count * size, packed, ratio, note)
+
+
+def _told(tokens: int) -> str:
+    return f"{tokens} token{'s' if tokens > 1 else ''}"

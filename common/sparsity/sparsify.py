@@ -224,7 +224,8 @@ def _choose(model: nn.Module, config: NMConfig) -> tuple[dict[str, Any], dict[st
             if fault := _misfit(plain[name], config):
                 raise ValueError(f"sparsify_: {name!r} cannot be {config.n}:{config.m}: {fault}")
     if not chosen:
-        reasons = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in list(skipped.items())[:4])
+        first = {why: name for name, why in reversed(skipped.items())}  # a layer for each reason, in their order
+        reasons = "; ".join(f"{name or 'the model itself'}: {why}" for why, name in [*reversed(first.items())][:4])
         raise ValueError(
             f"sparsify_: no layer is chosen, of {len(plain)} Linear and Conv2d layers"
             f"{f' ({reasons})' if reasons else ''}; expected at least one: look at `where` and m"
@@ -238,7 +239,7 @@ def _named(pattern: str, plain: Mapping[str, nn.Module], modules: Mapping[str, n
         return found
     if pattern in modules:
         raise ValueError(
-            f"sparsify_: {pattern!r} is a {type(modules[pattern]).__name__}; expected a torch.nn.Linear or "
+            f"sparsify_: {pattern!r} is of type {type(modules[pattern]).__name__}; expected a torch.nn.Linear or "
             "torch.nn.Conv2d that is not sparse yet"
         )
     raise ValueError(f"sparsify_: unknown layer {pattern!r}; {_nearest(pattern, list(plain))}")

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from kernels import nm
 from kernels.bench import CORES, Case, Contender, other_isas, with_isa
-from kernels.nm import ops
+from kernels.nm import ops, reference
 
 PEERS: tuple[str, ...] = ()
 PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (1, 16), (1, 32))
 PRODUCTS = ((4096, 1), (1024, 256))  # rows and columns of the weight, tokens
+TRANSPOSABLE = ((2, 4), (2, 8))  # all tiles are tried for the first, the second is a flow problem
+CORNER = 64  # rows and columns that the slow reference searches
 SEARCHED = 4096  # rows and columns: 16.8 million weights
 
 
@@ -38,6 +40,9 @@ def cases(quick: bool) -> Iterator[Case]:
         yield _weight_gradient(size, tokens, n, m)
     for n, m in patterns:
         yield _search(64 if quick else SEARCHED, n, m)
+    for size in (64,) if quick else (1024, SEARCHED):
+        for n, m in TRANSPOSABLE[:1] if quick else TRANSPOSABLE:
+            yield _transposable_search(size, n, m)
 
 
 def _weight(size: int, n: int, m: int) -> Tensor:
@@ -127,6 +132,28 @@ def _search(size: int, n: int, m: int) -> Case:
         contenders=contenders,
         baseline="torch topk",
         exact=lambda: _by_topk(weight, n, m),
+        data_bytes=weight.nbytes + weight.numel(),
+    )
+
+
+def _transposable_search(size: int, n: int, m: int) -> Case:
+    """Beside the search along the rows alone: it is what the second axis costs. The error is of the magnitude
+    that is kept in a corner, of which the reference finds the optimum."""
+    corner = (slice(CORNER), slice(CORNER))
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+
+    def kept(mask: Tensor) -> Tensor:
+        return weight[corner].abs().double().where(mask[corner], 0).sum()
+
+    return Case(
+        name=f"{n}:{m} {size}^2",
+        call="transposable mask",
+        contenders=[
+            Contender("ours along rows", partial(nm.mask, weight, n, m), None, note="not N:M in the transpose"),
+            Contender("ours", partial(nm.mask, weight, n, m, transposable=True), kept, ours=True),
+        ],
+        baseline="ours along rows",
+        exact=lambda: kept(reference.transposable_mask(weight[corner], n, m)),
         data_bytes=weight.nbytes + weight.numel(),
     )
 

@@ -111,9 +111,9 @@ def _mask_kernel(score: Tensor, n: int, m: int, dim: int, transposable: bool) ->
     outer, inner = (torch.Size([out.shape[i] for i in axes]).numel() for axes in (order[:at], order[at + 1 :]))
     plain, bytes_ = (t.permute(order).view(outer, -1, inner) for t in (score, out.view(torch.uint8)))
     if backend == _dispatch.TRITON:
-        from kernels.nm import triton
+        from kernels.nm import mask_triton
 
-        triton.mask(plain, n, m, bytes_)
+        mask_triton.mask(plain, n, m, bytes_)
     else:
         native().nm_mask(plain, n, m, bytes_, torch.get_num_threads())
     return out

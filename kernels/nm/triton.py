@@ -1,4 +1,4 @@
-"""Packed products and masks on the GPU, in Triton: float32 sums, no atomics, the same bits again.
+"""Packed products on the GPU, in Triton: float32 sums, no atomics, the same bits again.
 
 A few tokens: a program reads its share of sixteen rows once, as it lies in memory, and gathers x through the cache.
 More tokens: a program spreads a tile of the weight out in registers, by comparing places with the tile's columns, and
@@ -33,7 +33,7 @@ except ModuleNotFoundError:  # the module can still be imported and read; `kerne
         return function
 
 
-__all__ = ["input_gradient", "linear", "mask", "weight_gradient"]
+__all__ = ["input_gradient", "linear", "weight_gradient"]
 
 FEW = 4  # tokens that `_few_kernel` takes
 SLOTS = 128  # kept values of each row that it reads at once
@@ -58,7 +58,7 @@ def linear(x: Tensor, values: Tensor, places: Tensor, m: int, rows: int, bias: T
     if tokens <= FEW:
         share, splits = _shares(triton.cdiv(groups * n, SLOTS), blocks)
         partial, biased = _partial(out, splits), splits == 1 and bias is not None
-        with _on(x.device):
+        with on(x.device):
             _few_kernel[(blocks, splits)](
                 x,
                 values,
@@ -82,7 +82,7 @@ def linear(x: Tensor, values: Tensor, places: Tensor, m: int, rows: int, bias: T
     across, along = triton.cdiv(rows, ROWS), triton.cdiv(tokens, at_once)
     share, splits = _shares(_chunks(groups, m), across * along)
     partial, biased = _partial(out, splits), splits == 1 and bias is not None
-    with _on(x.device):
+    with on(x.device):
         _many_kernel[(across, along, splits)](
             x,
             values,
@@ -112,7 +112,7 @@ def input_gradient(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor
     across, along = _chunks(groups, m), triton.cdiv(tokens, at_once)
     share, splits = _shares(triton.cdiv(rows, ROWS), across * along)
     partial = _partial(out, splits)
-    with _on(dy.device):
+    with on(dy.device):
         _input_gradient_kernel[(across, along, splits)](
             dy, values, places, partial, tokens, rows, groups, share, N=n, TOKENS=at_once, **_tile_of(m)
         )
@@ -128,31 +128,16 @@ def weight_gradient(dy: Tensor, x: Tensor, values: Tensor, places: Tensor, m: in
     _, groups, n, _ = values.shape
     out = torch.zeros_like(values)
     grid = (triton.cdiv(rows, ROWS), _chunks(groups, m))
-    with _on(dy.device):
+    with on(dy.device):
         _weight_gradient_kernel[grid](
             dy, x, values, places, out, tokens, rows, groups, N=n, TOKENS=_tokens_at_once(tokens), **_tile_of(m)
         )
     return out
 
 
-def mask(score: Tensor, n: int, m: int, out: Tensor) -> None:
-    """out [outer, axis, inner] uint8: 1 at the n largest |score| of every m along the axis; both contiguous.
-
-    score float32; m <= 64 (`masks.LARGEST_ON_GPU`); otherwise as `reference.mask`.
-    """
-    outer, axis, inner = score.shape
-    groups, width = triton.cdiv(axis, m), triton.next_power_of_2(m)
-    count = outer * groups * inner
-    if count >= 2**31:
-        raise ValueError(
-            f"kernels.nm.mask on the GPU: got {count} groups; expected fewer than 2^31, as the kernel counts them in "
-            "32 bits; split the weight"
-        )
-    at_once = max(1, 8192 // width**2)
-    with _on(score.device):
-        _mask_kernel[(triton.cdiv(count, at_once),)](
-            score.view(torch.int32), out, count, axis, groups, inner, n, M=m, WIDTH=width, GROUPS=at_once
-        )
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, Triton launches on this device; nothing on the CPU, where it is interpreted."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _partial(out: Tensor, splits: int) -> Tensor:
@@ -164,7 +149,7 @@ def _added_up(partial: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """The splits' sums added in their order; and the bias, unless a single split has."""
     if partial is not out:
         size, at_once = out.numel(), 1024
-        with _on(out.device):
+        with on(out.device):
             _sum_kernel[(triton.cdiv(size, at_once),)](
                 partial,
                 out if bias is None else bias,
@@ -206,11 +191,6 @@ def _chunks(groups: int, m: int) -> int:
 
 def _tokens_at_once(tokens: int) -> int:
     return min(max(16, triton.next_power_of_2(tokens)), MOST_TOKENS)  # 16: the least that tensor cores take
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    # where Triton launches
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @jit
@@ -494,31 +474,3 @@ def _product(left, right, total, INTERPRETED: tl.constexpr):
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="tf32x3")
-
-
-@jit
-def _mask_kernel(
-    bits,  # of the score [outer, axis, inner]
-    out,
-    count,
-    axis,
-    groups,
-    inner,
-    n,
-    M: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    number = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    outer = (number // inner // groups).to(tl.int64)
-    place = tl.arange(0, WIDTH)
-    along = (number // inner % groups * M)[:, None] + place[None, :]
-    live = (number < count)[:, None] & (place < M)[None, :] & (along < axis)
-    at = (outer[:, None] * axis + along) * inner + (number % inner)[:, None]
-    # magnitudes order as their bits do; NaN are one number above infinity, what is not there is below zero
-    size = tl.minimum(tl.load(bits + at, mask=live, other=0) & 0x7FFFFFFF, 0x7F800001)
-    size = tl.where(live, size, -1)
-    own, other = size[:, :, None], size[:, None, :]
-    ahead = (other > own) | ((other == own) & (place[None, None, :] < place[None, :, None]))
-    rank = tl.sum(ahead.to(tl.int32), axis=2)
-    tl.store(out + at, (rank < n).to(tl.uint8), mask=live)

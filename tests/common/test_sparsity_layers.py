@@ -344,7 +344,7 @@ def errors():
     return [
         (model, dict(where=["0"]), ValueError, "4 does not divide its 6 input channels"),
         (model, dict(where=["layers.*"]), ValueError, "unknown layer 'layers.*'"),
-        (model, dict(where=["1"]), ValueError, "'1' is a ReLU"),
+        (model, dict(where=["1"]), ValueError, "'1' is of type ReLU"),
         (model, dict(where=lambda name, layer: False), ValueError, "no layer is chosen"),
         (nn.Sequential(nn.Linear(8, 8)), dict(), ValueError, "0: the last layer"),
         (model, dict(where=["2"], recipe=SDGFGeometric(8)), ValueError, "32 does not divide"),

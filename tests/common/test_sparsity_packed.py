@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -135,6 +139,45 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "'0.bias' is [32] in the file and [16] in the model (7 such)" in message(whole, model(16))
     with pytest.raises(FileNotFoundError, match="save_packed"):
         load_packed(tmp_path / "none.safetensors", model())
+
+
+def test_a_damaged_header_or_place_is_found_before_anything_is_written(tmp_path):
+    """Places beyond their group would be written behind the weight, which ends the process."""
+    net, path = model(), tmp_path / "net.safetensors"
+    sparsify_(net, NMConfig(1, 8, where=everything))
+    save_packed(net, path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    layers = json.loads(header["layers"])
+    first = next(iter(layers))
+    values, places = (f"{first}.weight.{part}" for part in ("values", "places"))
+
+    def message(*, without: str = "", **changed: Any) -> str:
+        kept = {name: tensor for name, tensor in tensors.items() if name != without}
+        save_file(kept | changed.pop("tensors", {}), path, header | changed)
+        plain = model()
+        before = {name: value.clone() for name, value in plain.state_dict().items()}
+        with pytest.raises(PackedFileError) as caught:
+            load_packed(path, plain)
+        assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def about(name: str = first, **changed: Any) -> str:
+        return json.dumps(layers | {name: layers[first] | changed})
+
+    for broken in ("{", "[1]", "null"):
+        assert "its header does not list the layers" in message(layers=broken)
+    assert f"damaged at layer {first!r} ('{values}' is missing)" in message(without=values)
+    assert "at layer 'elsewhere' ('elsewhere.weight.values' is missing)" in message(layers=about("elsewhere"))
+    assert "at layer" in message(layers=about(m=4)) and "at layer" in message(layers=about(m=0))
+    assert "'across' is missing" in message(layers=about(axis="across"))
+    assert "at layer" in message(tensors={values: tensors[values][:1].clone()})
+    assert "values of torch.int32" in message(tensors={values: tensors[values].int()})
+    assert "expected torch.uint8" in message(tensors={places: tensors[places].int()})
+    for byte, place in ((0x0F, 15), (0xF0, 15), (0x08, 8)):
+        assert f"a place of {place} in groups of 8" in message(tensors={places: tensors[places] * 0 + byte})
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:

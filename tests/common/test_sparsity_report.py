@@ -49,13 +49,32 @@ def test_sizes_by_hand(table):
     assert report(net).weights == found.weights
 
 
+def wide() -> nn.Sequential:
+    """Two layers that are large enough for a claim, and a head."""
+    net = nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.GELU(), nn.Linear(1024, 1024), nn.Linear(1024, 4))
+    sparsify_(net, NMConfig(2, 8))
+    return net
+
+
 def test_a_speedup_is_only_claimed_where_it_was_measured(table):
-    assert report(model()).speedup is None and "not claimed" in str(report(model()))
+    assert report(wide()).speedup is None and "nothing claimed" in str(report(wide()))
     table([3.0, 2.0, 0.5, 1.5, 2.0])
-    found = report(model(), tokens=1)
-    assert found.speedup == pytest.approx(3) and "3.00 times as fast" in str(found)
-    slow = report(model(), tokens=16)
-    assert slow.speedup == 1 and "below the crossover (0.50), runs dense" in str(slow) and "none to be had" in str(slow)
+    found = report(wide(), tokens=1)
+    assert found.speedup == pytest.approx(3) and "expected speed-up at 1 token\n" in str(found)
+    assert "products together 3.00 times as fast on one thread of a CPU, by the table" in str(found)
+    slow = report(wide(), tokens=16)
+    assert slow.speedup == 1 and "below the crossover (0.50), runs dense" in str(slow)
+    assert "no gain is expected from these layers at 16 tokens" in str(slow)
+
+
+def test_no_speedup_is_claimed_for_a_layer_smaller_than_what_was_measured(table):
+    table([3.0] * 5)
+    found = report(model())
+    assert [layer.speedup for layer in found.layers] == [None, None] and found.speedup is None
+    assert str(found).count("unknown: smaller than what was measured") == 2 and "nothing claimed" in str(found)
+    mixed = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1016), nn.Linear(1016, 4))
+    sparsify_(mixed, NMConfig(2, 8))
+    assert [layer.speedup for layer in report(mixed).layers] == [3.0, None] and report(mixed).speedup is None
 
 
 def test_a_convolution_claims_nothing(table):

@@ -154,6 +154,7 @@ COMPILE = """
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from kernels.nm import mask_triton as masks
 from kernels.nm import triton as kernels
 SINGLE, HALF = "*fp32", "*bf16"
 def compiled(function, capability, weight, data, n=2, m=4, **constants):
@@ -162,7 +163,7 @@ def compiled(function, capability, weight, data, n=2, m=4, **constants):
     constants = {name: value for name, value in constants.items() if name in names}
     pointers = {"x": data, "dy": data, "values": weight, "places": "*u8", "bits": "*i32", "bias": SINGLE}
     pointers |= {"partial": SINGLE, "out": weight if function is kernels._weight_gradient_kernel else data}
-    if function is kernels._mask_kernel:
+    if function is masks._mask_kernel:
         pointers["out"] = "*u8"
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
@@ -192,7 +193,7 @@ check(
         compiled(few, 90, SINGLE, SINGLE, TOKENS=4, SLOTS=128),
         compiled(few, 90, HALF, HALF, 1, 32, TOKENS=1, SLOTS=128),
         compiled(kernels._sum_kernel, 90, SINGLE, SINGLE, SIZE=1024),
-        compiled(kernels._mask_kernel, 90, None, None, m=8, GROUPS=128),
+        compiled(masks._mask_kernel, 90, None, None, m=8, GROUPS=128),
     ],
 )
 check(
@@ -204,7 +205,7 @@ check(
     ],
     [
         compiled(few, 80, SINGLE, SINGLE, TOKENS=1, SLOTS=128),
-        compiled(kernels._mask_kernel, 80, None, None, m=4, GROUPS=512),
+        compiled(masks._mask_kernel, 80, None, None, m=4, GROUPS=512),
     ],
 )
 print("compiled")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,13 @@ def test_the_report_holds_what_was_measured(place: Path, tmp_path: Path) -> None
     assert cases == list(itertools.product(("1 token", "16 tokens"), kinds))
     assert all(row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2] for row in found["speeds"])
     written = (out / "REPORT.md").read_text()
-    for text in ("whole model:", "packed float32", "lm_head"):
+    for text in (
+        "whole model:",
+        "packed float32",
+        "lm_head",
+        "speed here: ",
+        "unknown: smaller than what was measured",
+    ):
         assert text in written and text in said
 
 
@@ -167,6 +174,7 @@ def test_a_classifier_of_torchvision(method: str, images: Path, tmp_path: Path) 
     )
     assert "15 images to train on, 3 of 3 held out" in said and "before   accuracy" in said
     assert "1 image" in said and "no packed product for this kind of layer" in said
+    assert "no layer runs packed, so a difference is noise" in said
     model, coder = load(out)
     assert coder is None and not packed(model)  # convolutions, and the head stays dense
     state = torch.load(images / "shuffle.pt", weights_only=True)
@@ -248,6 +256,20 @@ def test_a_broken_training_keeps_its_last_good_checkpoint(
     assert "3/6" in invoke(*training(place, out)).output and (out / "resparse.json").is_file()
 
 
+def test_weights_that_run_away_are_never_taken_for_a_good_state(place: Path, tmp_path: Path) -> None:
+    """A normalisation gives weights of 1e30 a finite loss: a checkpoint of them could not be gone on from."""
+    arguments = ("--model", place / "llama", "--data", place / "text.txt", "--method", "srste", *SMALL)
+    hidden = (*arguments, "--out", tmp_path / "hidden")
+    line = refused(*hidden, "--lr", "1e30")
+    assert "not finite in step 2 of 4" in line and line.endswith(
+        "no step was good yet; give the same command with a smaller --lr"
+    )
+    done(*hidden, "--lr", "1e-4")
+    line = refused(*arguments, "--out", tmp_path / "lost", "--lr", "10")
+    assert line.startswith("the weights have run away (a held-out loss of") and "in step 4 of 4" in line
+    assert not (tmp_path / "lost" / "resparse.json").exists()
+
+
 def test_a_training_does_not_go_on_with_other_settings(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +305,8 @@ def test_a_loaded_model_that_computes_something_else_is_found_out(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--data", ""), "--data is empty"),
+        (("--model", ""), "--model is empty"),
         (("--n", 9), "got 9:8; expected 1 <= n < m <= 256"),
         (("--m", 7), "7 does not divide its 64 input channels"),
         (("--where", "*.mlp.down_proj", "--m", 64), "64 does not divide its 96 input channels; choose another m"),
@@ -352,6 +376,19 @@ def test_classifiers_that_do_not_fit(images: Path, tmp_path: Path) -> None:
     (tmp_path / "two" / "b").mkdir()
     line = refused(*ours, "--data", tmp_path / "two")
     assert "for 2 classes" in line and not (tmp_path / "out").exists()
+    (tmp_path / "notes.pt").write_text("no tensors")
+    assert "is no file of tensors alone; expected a state dict" in refused(*ours, "--weights", tmp_path / "notes.pt")
+    (tmp_path / "half" / "train" / "a").mkdir(parents=True)
+    assert "there is a train and no val" in refused(*ours, "--data", tmp_path / "half")
+
+
+def test_an_image_that_is_cut_short_is_named(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images / "photos", tmp_path / "photos")
+    for file in (tmp_path / "photos" / "red").iterdir():
+        file.write_bytes(file.read_bytes()[:-2000])
+    ours = ("--model", "torchvision:shufflenet_v2_x0_5", "--weights", images / "shuffle.pt", "--size", 32)
+    line = refused(*ours, "--data", tmp_path / "photos", "--batch", 4, "--device", "cpu", "--out", tmp_path / "out")
+    assert str(tmp_path / "photos" / "red") in line and "cannot be read as an image" in line
 
 
 def test_load_refuses_what_it_cannot_read(place: Path, tmp_path: Path) -> None:
@@ -363,8 +400,21 @@ def test_load_refuses_what_it_cannot_read(place: Path, tmp_path: Path) -> None:
     (out / "packed.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PackedFileError, match="cut short"):
         load(out)
-    (out / "resparse.json").write_text(json.dumps(about | {"version": 2}))
-    with pytest.raises(PackedFileError, match="version 2; this code reads"):
+    (out / "packed.safetensors").write_bytes(whole)
+    for broken, message in (
+        (about | {"version": 2}, "version 2; this code reads"),
+        ({key: value for key, value in about.items() if key != "kind"}, r"damaged \(no kind\)"),
+        (about | {"dtype": "int3"}, r"damaged \(kind or dtype\)"),
+        (about | {"n": 1}, "do not belong together .* expected at most 1"),
+        (7, "no JSON of a model"),
+    ):
+        (out / "resparse.json").write_text(json.dumps(broken))
+        with pytest.raises(PackedFileError, match=message):
+            load(out)
+    (out / "resparse.json").write_text(json.dumps(about))
+    assert load(out)
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(pretrained.MissingWeights, match="holds no tokenizer"):
         load(out)
 
 
