@@ -1,0 +1,166 @@
+// The operations of tile.h over lanes of any width: see there. Included once per instruction set.
+//
+// L: lanes (see simd/); Vectors: of a row of the buffer that a product holds at once. With six rows of them the sums fill
+// the registers, and each broadcast meets `Vectors` multiplications.
+#pragma once
+#include <algorithm>
+
+#include "tile.h"
+
+namespace kernels::attention {
+namespace { // one copy for each translation unit: code for this instruction set must not leak to others at link time
+
+constexpr int kRows = 6;
+constexpr float kSlack = 8.0f; // powers of two by which weights may exceed 1 before the maximum is raised
+
+template <class L, int Vectors>
+struct Tile {
+    using F = typename L::F;
+    static constexpr int kPanel = Vectors * L::N;
+    static_assert(kTile % kPanel == 0);
+
+    // Rows at a time: never a rest of one or two, whose few sums would wait for each other.
+    static int group(int rows) { return rows >= 2 * kRows ? kRows : rows > kRows ? (rows + 1) / 2 : rows; }
+
+    // sum [Rows][Vectors] = a b over the depth; a's entry of a row at depth d is at a[row * row_stride + d * depth_stride]
+    template <int Rows, bool Add>
+    static void micro(const float* a, int64_t row_stride, int64_t depth_stride, int depth, const float* b, float* out) {
+        F sum[Rows][Vectors];
+        for (auto& row : sum)
+            for (F& part : row) part = L::zero();
+        for (int d = 0; d < depth; ++d, a += depth_stride, b += kTile) {
+            F other[Vectors];
+            for (int v = 0; v < Vectors; ++v) other[v] = L::load(b + v * L::N);
+            for (int r = 0; r < Rows; ++r) {
+                const F one = L::set(a[r * row_stride]);
+                for (int v = 0; v < Vectors; ++v) sum[r][v] = L::fma(one, other[v], sum[r][v]);
+            }
+        }
+        for (int r = 0; r < Rows; ++r)
+            for (int v = 0; v < Vectors; ++v) {
+                float* at = out + r * kTile + v * L::N;
+                L::store(at, Add ? L::add(L::load(at), sum[r][v]) : sum[r][v]);
+            }
+    }
+
+    template <bool Add>
+    static void rows_of(int rows, const float* a, int64_t row_stride, int64_t depth_stride, int depth, const float* b, float* out) {
+        switch (rows) {
+        case 1: return micro<1, Add>(a, row_stride, depth_stride, depth, b, out);
+        case 2: return micro<2, Add>(a, row_stride, depth_stride, depth, b, out);
+        case 3: return micro<3, Add>(a, row_stride, depth_stride, depth, b, out);
+        case 4: return micro<4, Add>(a, row_stride, depth_stride, depth, b, out);
+        case 5: return micro<5, Add>(a, row_stride, depth_stride, depth, b, out);
+        default: return micro<6, Add>(a, row_stride, depth_stride, depth, b, out);
+        }
+    }
+
+    static void product(const float* a, int64_t stride, int rows, int depth, const float* b, int lanes, float* out) {
+        for (int lane = 0; lane < lanes; lane += kPanel)
+            for (int first = 0, size; first < rows; first += size) {
+                size = group(rows - first);
+                rows_of<false>(size, a + first * stride, stride, 1, depth, b + lane, out + first * kTile + lane);
+            }
+    }
+
+    static void accumulate(const float* a, int64_t stride, int rows, int depth, const float* b, int lanes, float* out) {
+        for (int lane = 0; lane < lanes; lane += kPanel)
+            for (int first = 0, size; first < rows; first += size) {
+                size = group(rows - first);
+                rows_of<true>(size, a + first, 1, stride, depth, b + lane, out + first * kTile + lane);
+            }
+    }
+
+    // 2^x for x <= 126; 0 below -126, where the result would not be a normal number. NaN stays: it is the second operand of
+    // max, and not less than anything.
+    static F power(F x) {
+        const F magic = L::set(12582912.0f); // 1.5 2^23: adding it rounds to an integer, which its low bits then hold
+        const F bounded = L::max(L::set(-126.0f), x);
+        const F shifted = L::add(bounded, magic);
+        const F rest = L::sub(bounded, L::sub(shifted, magic)); // in [-0.5, 0.5]
+        F sum = L::set(1.32764713e-3f); // a minimax fit, 7.5e-8 relative
+        sum = L::fma(sum, rest, L::set(9.67554096e-3f));
+        sum = L::fma(sum, rest, L::set(5.55071309e-2f));
+        sum = L::fma(sum, rest, L::set(2.40221202e-1f));
+        sum = L::fma(sum, rest, L::set(6.93146944e-1f));
+        sum = L::fma(sum, rest, L::set(1.00000012f));
+        return L::select(L::greater(L::set(-126.0f), x), L::zero(), L::add_exponent(sum, shifted));
+    }
+
+    static void weigh(float* scores, int rows, int lanes, float* maximum, float* sum, float* block_sum, float* out, int depth) {
+        for (int lane = 0; lane < lanes; lane += L::N) {
+            float* column = scores + lane;
+            F highest = L::load(column);
+            for (int r = 1; r < rows; ++r) highest = L::max(L::load(column + r * kTile), highest);
+            F offset = L::load(maximum + lane), total = L::load(sum + lane);
+            if (L::any(L::greater(highest, L::add(offset, L::set(kSlack))))) {
+                const F raised = L::max(highest, offset), factor = power(L::sub(offset, raised));
+                total = L::mul(total, factor);
+                for (int d = 0; d < depth; ++d) L::store(out + d * kTile + lane, L::mul(L::load(out + d * kTile + lane), factor));
+                offset = raised;
+                L::store(maximum + lane, raised);
+            }
+            F added = L::zero();
+            for (int r = 0; r < rows; ++r) {
+                const F weight = power(L::sub(L::load(column + r * kTile), offset));
+                L::store(column + r * kTile, weight);
+                added = L::add(added, weight);
+            }
+            L::store(sum + lane, L::add(total, added));
+            if (block_sum) L::store(block_sum + lane, added);
+        }
+    }
+
+    static F bounded(F x) { return power(L::min(L::set(126.0f), x)); }
+
+    static void raise_by_lane(float* scores, int rows, int lanes, const float* offset, float* sum) {
+        for (int lane = 0; lane < lanes; lane += L::N) {
+            const F by = L::load(offset + lane);
+            F total = L::zero();
+            for (int r = 0; r < rows; ++r) {
+                float* at = scores + r * kTile + lane;
+                const F weight = bounded(L::sub(L::load(at), by));
+                L::store(at, weight);
+                total = L::add(total, weight);
+            }
+            if (sum) L::store(sum + lane, total);
+        }
+    }
+
+    static void raise_by_row(float* scores, int rows, int lanes, const float* offset) {
+        for (int r = 0; r < rows; ++r) {
+            const F by = L::set(offset[r]);
+            for (int lane = 0; lane < lanes; lane += L::N) {
+                float* at = scores + r * kTile + lane;
+                L::store(at, bounded(L::sub(L::load(at), by)));
+            }
+        }
+    }
+
+    static void slope_by_lane(float* scores, const float* weights, int rows, int lanes, const float* shift) {
+        for (int lane = 0; lane < lanes; lane += L::N) {
+            const F by = L::load(shift + lane);
+            for (int r = 0; r < rows; ++r) {
+                float* at = scores + r * kTile + lane;
+                L::store(at, L::mul(L::load(weights + r * kTile + lane), L::sub(L::load(at), by)));
+            }
+        }
+    }
+
+    static void slope_by_row(float* scores, const float* weights, int rows, int lanes, const float* shift) {
+        for (int r = 0; r < rows; ++r) {
+            const F by = L::set(shift[r]);
+            for (int lane = 0; lane < lanes; lane += L::N) {
+                float* at = scores + r * kTile + lane;
+                L::store(at, L::mul(L::load(weights + r * kTile + lane), L::sub(L::load(at), by)));
+            }
+        }
+    }
+
+    static TileOps ops(const char* name) {
+        return {name, product, accumulate, weigh, raise_by_lane, raise_by_row, slope_by_lane, slope_by_row};
+    }
+};
+
+} // namespace
+} // namespace kernels::attention
