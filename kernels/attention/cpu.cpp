@@ -87,29 +87,6 @@ const float* rows_of(Array array, int64_t head, int64_t length, int depth, int64
     return room;
 }
 
-// out [depth][64] = factor times rows [count][depth], transposed; the lanes behind `count` up to `lanes` are zero.
-void transpose_in(const float* rows, int count, int lanes, int depth, float factor, float* out) {
-    constexpr int kStep = 8; // rows at a time, so that writes fill half a cache line
-    for (int first = 0; first < lanes; first += kStep)
-        for (int d = 0; d < depth; ++d)
-            for (int lane = first; lane < std::min(first + kStep, lanes); ++lane)
-                out[d * kTile + lane] = lane < count ? factor * rows[static_cast<int64_t>(lane) * depth + d] : 0.0f;
-}
-
-// Rows [first, first + count) of a head of `out` = in [depth][64], transposed, each lane times its factor.
-void transpose_out(const float* in, int count, int depth, const float* factor, ArrayOut out, int64_t head, int64_t length, int64_t first) {
-    for (int lane = 0; lane < count; ++lane) {
-        const int64_t at = (head * length + first + lane) * depth;
-        auto* floats = static_cast<float*>(out.data) + at;
-        auto* bits = static_cast<uint16_t*>(out.data) + at;
-        for (int d = 0; d < depth; ++d) {
-            const float value = factor[lane] == 0.0f ? 0.0f : in[d * kTile + lane] * factor[lane];
-            if (out.half) bits[d] = narrowed(value);
-            else floats[d] = value;
-        }
-    }
-}
-
 // Keys that lie side by side, all present; block: that of the mask they belong to.
 struct Run {
     int64_t first;
@@ -170,7 +147,7 @@ void all_runs(const Problem& p, int64_t batch, std::vector<Run>& runs) {
         append_runs(present_of(p, batch), block * p.block, std::min((block + 1) * p.block, p.keys), block, runs);
 }
 
-// A thread's buffers of [rows][64] and of rows as floats.
+// A thread's buffers (see tile.h), and rows as floats.
 struct Scratch {
     explicit Scratch(int depth)
         : query(depth * kTile), gradient(depth * kTile), out(depth * kTile), second(depth * kTile), scores(kTile * kTile),
@@ -207,13 +184,29 @@ void for_sides(int64_t block, int block_size, int64_t length, Body body) {
         body(Side{first, static_cast<int>(std::min<int64_t>(kTile, end - first))});
 }
 
-// Softmax over the runs: out [depth][64] not yet divided, maxima and sums by lane.
+// A side of a head along the lanes of a buffer [depth], times a factor.
+void load(const TileOps& ops, Array array, int64_t head, int64_t length, int depth, const Side& side, float factor, Buffer& room, Buffer& buffer) {
+    const float* rows = rows_of(array, head, length, depth, side.first, side.count, room.data());
+    ops.pack(rows, side.count, depth, factor, buffer.data());
+}
+
+// And back, each lane times its factor.
+void store(const TileOps& ops, Buffer& buffer, const float* factor, ArrayOut array, int64_t head, int64_t length, int depth, const Side& side,
+           Buffer& room) {
+    const int64_t at = (head * length + side.first) * depth;
+    float* rows = array.half ? room.data() : static_cast<float*>(array.data) + at;
+    ops.unpack(buffer.data(), side.count, depth, factor, rows);
+    if (!array.half) return;
+    auto* bits = static_cast<uint16_t*>(array.data) + at;
+    for (int64_t i = 0; i < static_cast<int64_t>(side.count) * depth; ++i) bits[i] = narrowed(rows[i]);
+}
+
+// Softmax over the runs: out [depth] not yet divided, maxima and sums by lane.
 void walk(const TileOps& ops, const Problem& p, const Row& row, const Side& side, Array q, Array k, Array v, Scratch& s, bool remember) {
     std::fill(s.maximum, s.maximum + kTile, kNothing);
     std::fill(s.sum, s.sum + kTile, 0.0f);
     std::fill(s.out.data(), s.out.data() + p.depth * kTile, 0.0f);
-    const float* queries = rows_of(q, row.index(p), p.queries, p.depth, side.first, side.count, s.keys.data());
-    transpose_in(queries, side.count, kTile, p.depth, p.scale * kLog2E, s.query.data());
+    load(ops, q, row.index(p), p.queries, p.depth, side, p.scale * kLog2E, s.keys, s.query);
     if (remember) {
         s.block_sums.resize(s.runs.size() * kTile);
         s.block_maxima.resize(s.runs.size() * kTile);
@@ -222,22 +215,22 @@ void walk(const TileOps& ops, const Problem& p, const Row& row, const Side& side
         const Run& run = s.runs[i];
         const float* keys = rows_of(k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
         const float* values = rows_of(v, row.key_head(p), p.keys, p.depth, run.first, run.count, s.values.data());
-        ops.product(keys, p.depth, run.count, p.depth, s.query.data(), side.count, s.scores.data());
+        ops.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
         ops.weigh(s.scores.data(), run.count, side.count, s.maximum, s.sum,
                   remember ? s.block_sums.data() + i * kTile : nullptr, s.out.data(), p.depth);
-        ops.accumulate(values, p.depth, p.depth, run.count, s.scores.data(), side.count, s.out.data());
+        ops.accumulate(values, run.count, p.depth, s.scores.data(), side.count, s.out.data());
         if (remember) std::copy(s.maximum, s.maximum + kTile, s.block_maxima.begin() + i * kTile);
     }
 }
 
-void finish(const Problem& p, const Row& row, const Side& side, Scratch& s, ArrayOut out, float* lse) {
+void finish(const TileOps& ops, const Problem& p, const Row& row, const Side& side, Scratch& s, ArrayOut out, float* lse) {
     for (int lane = 0; lane < side.count; ++lane) {
         const bool nothing = s.sum[lane] == 0.0f;
         s.factor[lane] = nothing ? 0.0f : 1.0f / s.sum[lane];
         lse[row.index(p) * p.queries + side.first + lane] =
             nothing ? -kInfinity : static_cast<float>((s.maximum[lane] + std::log2(static_cast<double>(s.sum[lane]))) * kLn2);
     }
-    transpose_out(s.out.data(), side.count, p.depth, s.factor, out, row.index(p), p.queries, side.first);
+    store(ops, s.out, s.factor, out, row.index(p), p.queries, p.depth, side, s.keys);
 }
 
 // offset [64] of a tile's lanes in powers of two; +inf for -inf, so that nothing is left of the lane
@@ -259,7 +252,7 @@ void attention(const Problem& p, const Mask& mask, Array q, Array k, Array v, Ar
         runs_of(p, mask, row, s.runs);
         for_sides(row.block, p.block, p.queries, [&](const Side& side) {
             walk(ops, p, row, side, q, k, v, s, false);
-            finish(p, row, side, s, out, lse);
+            finish(ops, p, row, side, s, out, lse);
         });
     });
 }
@@ -273,12 +266,12 @@ void search(const Problem& p, Array q, Array k, Array v, ArrayOut out, float* ls
         all_runs(p, row.batch, s.runs);
         for_sides(row.block, p.block, p.queries, [&](const Side& side) {
             walk(ops, p, row, side, q, k, v, s, true);
-            finish(p, row, side, s, out, lse);
+            finish(ops, p, row, side, s, out, lse);
             // each run's sum was taken at the maximum of its time
-            for (int lane = 0; lane < side.count; ++lane) s.offset[lane] = s.maximum[lane] + std::log2(s.sum[lane]);
+            for (int lane = 0; lane < kTile; ++lane) s.offset[lane] = s.maximum[lane] + std::log2(s.sum[lane]);
             for (size_t i = 0; i < s.runs.size(); ++i) {
                 float* at = s.block_maxima.data() + i * kTile;
-                ops.raise_by_lane(at, 1, side.count, s.offset, nullptr);
+                ops.raise(at, s.offset);
                 found[s.runs[i].block] += std::inner_product(at, at + side.count, s.block_sums.begin() + i * kTile, 0.0f);
             }
         });
@@ -293,12 +286,11 @@ void block_scores(const Problem& p, Array q, Array k, const float* lse, float* s
         std::fill(found, found + p.key_blocks(), 0.0f);
         all_runs(p, row.batch, s.runs);
         for_sides(row.block, p.block, p.queries, [&](const Side& side) {
-            const float* queries = rows_of(q, row.index(p), p.queries, p.depth, side.first, side.count, s.keys.data());
-            transpose_in(queries, side.count, kTile, p.depth, p.scale * kLog2E, s.query.data());
+            load(ops, q, row.index(p), p.queries, p.depth, side, p.scale * kLog2E, s.keys, s.query);
             offsets(lse + row.index(p) * p.queries + side.first, side.count, s.offset);
             for (const Run& run : s.runs) {
                 const float* keys = rows_of(k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
-                ops.product(keys, p.depth, run.count, p.depth, s.query.data(), side.count, s.scores.data());
+                ops.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
                 ops.raise_by_lane(s.scores.data(), run.count, side.count, s.offset, s.sum);
                 found[run.block] += std::accumulate(s.sum, s.sum + side.count, 0.0f);
             }
@@ -338,24 +330,22 @@ struct Given {
 // dq of a tile: queries along the lanes.
 void query_gradient(const TileOps& ops, const Problem& p, const Row& row, const Side& side, const Given& g, Scratch& s, ArrayOut dq) {
     const int64_t at = row.index(p) * p.queries + side.first;
-    const float* rows = rows_of(g.q, row.index(p), p.queries, p.depth, side.first, side.count, s.keys.data());
-    transpose_in(rows, side.count, kTile, p.depth, p.scale * kLog2E, s.query.data());
-    rows = rows_of(g.d_out, row.index(p), p.queries, p.depth, side.first, side.count, s.keys.data());
-    transpose_in(rows, side.count, kTile, p.depth, 1.0f, s.gradient.data());
+    load(ops, g.q, row.index(p), p.queries, p.depth, side, p.scale * kLog2E, s.keys, s.query);
+    load(ops, g.d_out, row.index(p), p.queries, p.depth, side, 1.0f, s.keys, s.gradient);
     offsets(g.lse + at, side.count, s.offset);
     for (int lane = 0; lane < kTile; ++lane) s.shift[lane] = lane < side.count ? g.shift[at + lane] : 0.0f;
     std::fill(s.out.data(), s.out.data() + p.depth * kTile, 0.0f);
     for (const Run& run : s.runs) {
         const float* keys = rows_of(g.k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
         const float* values = rows_of(g.v, row.key_head(p), p.keys, p.depth, run.first, run.count, s.values.data());
-        ops.product(keys, p.depth, run.count, p.depth, s.query.data(), side.count, s.scores.data());
+        ops.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
         ops.raise_by_lane(s.scores.data(), run.count, side.count, s.offset, nullptr);
-        ops.product(values, p.depth, run.count, p.depth, s.gradient.data(), side.count, s.slopes.data());
+        ops.product(values, run.count, p.depth, s.gradient.data(), side.count, s.slopes.data());
         ops.slope_by_lane(s.slopes.data(), s.scores.data(), run.count, side.count, s.shift);
-        ops.accumulate(keys, p.depth, p.depth, run.count, s.slopes.data(), side.count, s.out.data());
+        ops.accumulate(keys, run.count, p.depth, s.slopes.data(), side.count, s.out.data());
     }
     std::fill(s.factor, s.factor + kTile, p.scale);
-    transpose_out(s.out.data(), side.count, p.depth, s.factor, dq, row.index(p), p.queries, side.first);
+    store(ops, s.out, s.factor, dq, row.index(p), p.queries, p.depth, side, s.keys);
 }
 
 // Adds to a tile's dk and dv, keys along the lanes, what the queries of one block have to say.
@@ -365,12 +355,12 @@ void add_queries(const TileOps& ops, const Problem& p, int64_t head, int64_t blo
         const float* queries = rows_of(g.q, head, p.queries, p.depth, from.first, from.count, s.keys.data());
         const float* d_out = rows_of(g.d_out, head, p.queries, p.depth, from.first, from.count, s.values.data());
         offsets(g.lse + at, from.count, s.offset);
-        ops.product(queries, p.depth, from.count, p.depth, s.query.data(), side.count, s.scores.data());
+        ops.product(queries, from.count, p.depth, s.query.data(), side.count, s.scores.data());
         ops.raise_by_row(s.scores.data(), from.count, side.count, s.offset);
-        ops.accumulate(d_out, p.depth, p.depth, from.count, s.scores.data(), side.count, s.second.data());
-        ops.product(d_out, p.depth, from.count, p.depth, s.gradient.data(), side.count, s.slopes.data());
+        ops.accumulate(d_out, from.count, p.depth, s.scores.data(), side.count, s.second.data());
+        ops.product(d_out, from.count, p.depth, s.gradient.data(), side.count, s.slopes.data());
         ops.slope_by_row(s.slopes.data(), s.scores.data(), from.count, side.count, g.shift + at);
-        ops.accumulate(queries, p.depth, p.depth, from.count, s.slopes.data(), side.count, s.out.data());
+        ops.accumulate(queries, from.count, p.depth, s.slopes.data(), side.count, s.out.data());
     });
 }
 
@@ -378,10 +368,8 @@ void add_queries(const TileOps& ops, const Problem& p, int64_t head, int64_t blo
 void key_gradients(const TileOps& ops, const Problem& p, const Mask& mask, const Columns& columns, int64_t batch, int64_t head, int64_t block,
                    const Side& side, const Given& g, Scratch& s, ArrayOut dk, ArrayOut dv) {
     const int64_t at = batch * p.key_heads + head, group = p.heads / p.key_heads;
-    const float* rows = rows_of(g.k, at, p.keys, p.depth, side.first, side.count, s.keys.data());
-    transpose_in(rows, side.count, kTile, p.depth, p.scale * kLog2E, s.query.data());
-    rows = rows_of(g.v, at, p.keys, p.depth, side.first, side.count, s.keys.data());
-    transpose_in(rows, side.count, kTile, p.depth, 1.0f, s.gradient.data());
+    load(ops, g.k, at, p.keys, p.depth, side, p.scale * kLog2E, s.keys, s.query);
+    load(ops, g.v, at, p.keys, p.depth, side, 1.0f, s.keys, s.gradient);
     std::fill(s.out.data(), s.out.data() + p.depth * kTile, 0.0f);
     std::fill(s.second.data(), s.second.data() + p.depth * kTile, 0.0f);
     for (int64_t query_head = head * group; query_head < (head + 1) * group; ++query_head) {
@@ -391,9 +379,9 @@ void key_gradients(const TileOps& ops, const Problem& p, const Mask& mask, const
     }
     const uint8_t* present = present_of(p, batch);
     for (int lane = 0; lane < side.count; ++lane) s.factor[lane] = !present || present[side.first + lane] ? 1.0f : 0.0f;
-    transpose_out(s.second.data(), side.count, p.depth, s.factor, dv, at, p.keys, side.first);
+    store(ops, s.second, s.factor, dv, at, p.keys, p.depth, side, s.keys);
     for (int lane = 0; lane < side.count; ++lane) s.factor[lane] *= p.scale;
-    transpose_out(s.out.data(), side.count, p.depth, s.factor, dk, at, p.keys, side.first);
+    store(ops, s.out, s.factor, dk, at, p.keys, p.depth, side, s.keys);
 }
 
 } // namespace

@@ -22,13 +22,17 @@ struct Tile {
     // Rows at a time: never a rest of one or two, whose few sums would wait for each other.
     static int group(int rows) { return rows >= 2 * kRows ? kRows : rows > kRows ? (rows + 1) / 2 : rows; }
 
+    // A row of a panel within a buffer of `rows` rows.
+    static float* at(float* buffer, int rows, int lane, int row) { return buffer + static_cast<int64_t>(lane) * rows + row * kPanel; }
+    static const float* at(const float* buffer, int rows, int lane, int row) { return at(const_cast<float*>(buffer), rows, lane, row); }
+
     // sum [Rows][Vectors] = a b over the depth; a's entry of a row at depth d is at a[row * row_stride + d * depth_stride]
     template <int Rows, bool Add>
     static void micro(const float* a, int64_t row_stride, int64_t depth_stride, int depth, const float* b, float* out) {
         F sum[Rows][Vectors];
         for (auto& row : sum)
             for (F& part : row) part = L::zero();
-        for (int d = 0; d < depth; ++d, a += depth_stride, b += kTile) {
+        for (int d = 0; d < depth; ++d, a += depth_stride, b += kPanel) {
             F other[Vectors];
             for (int v = 0; v < Vectors; ++v) other[v] = L::load(b + v * L::N);
             for (int r = 0; r < Rows; ++r) {
@@ -38,8 +42,8 @@ struct Tile {
         }
         for (int r = 0; r < Rows; ++r)
             for (int v = 0; v < Vectors; ++v) {
-                float* at = out + r * kTile + v * L::N;
-                L::store(at, Add ? L::add(L::load(at), sum[r][v]) : sum[r][v]);
+                float* to = out + r * kPanel + v * L::N;
+                L::store(to, Add ? L::add(L::load(to), sum[r][v]) : sum[r][v]);
             }
     }
 
@@ -55,20 +59,39 @@ struct Tile {
         }
     }
 
-    static void product(const float* a, int64_t stride, int rows, int depth, const float* b, int lanes, float* out) {
+    // Panel by panel: a panel of b stays in the first-level cache while a passes.
+    static void product(const float* a, int rows, int depth, const float* b, int lanes, float* scores) {
         for (int lane = 0; lane < lanes; lane += kPanel)
             for (int first = 0, size; first < rows; first += size) {
                 size = group(rows - first);
-                rows_of<false>(size, a + first * stride, stride, 1, depth, b + lane, out + first * kTile + lane);
+                rows_of<false>(size, a + static_cast<int64_t>(first) * depth, depth, 1, depth, at(b, depth, lane, 0), at(scores, kTile, lane, first));
             }
     }
 
-    static void accumulate(const float* a, int64_t stride, int rows, int depth, const float* b, int lanes, float* out) {
-        for (int lane = 0; lane < lanes; lane += kPanel)
-            for (int first = 0, size; first < rows; first += size) {
-                size = group(rows - first);
-                rows_of<true>(size, a + first, 1, stride, depth, b + lane, out + first * kTile + lane);
+    // Columns of a by columns: those six, a line of each row, stay while the weights of all lanes pass.
+    static void accumulate(const float* a, int rows, int depth, const float* weights, int lanes, float* out) {
+        for (int first = 0, size; first < depth; first += size) {
+            size = group(depth - first);
+            for (int lane = 0; lane < lanes; lane += kPanel)
+                rows_of<true>(size, a + first, 1, depth, rows, at(weights, kTile, lane, 0), at(out, depth, lane, first));
+        }
+    }
+
+    static void pack(const float* rows, int count, int depth, float factor, float* buffer) {
+        constexpr int kStep = 8; // rows at a time, so that writes fill half a cache line
+        for (int first = 0; first < kTile; first += kStep)
+            for (int d = 0; d < depth; ++d) {
+                float* to = at(buffer, depth, first / kPanel * kPanel, d) + first % kPanel;
+                for (int lane = first; lane < first + kStep; ++lane)
+                    *to++ = lane < count ? factor * rows[static_cast<int64_t>(lane) * depth + d] : 0.0f;
             }
+    }
+
+    static void unpack(const float* buffer, int count, int depth, const float* factor, float* rows) {
+        for (int lane = 0; lane < count; ++lane, rows += depth) {
+            const float* from = at(buffer, depth, lane / kPanel * kPanel, 0) + lane % kPanel;
+            for (int d = 0; d < depth; ++d) rows[d] = factor[lane] == 0.0f ? 0.0f : factor[lane] * from[d * kPanel];
+        }
     }
 
     // 2^x for x <= 126; 0 below -126, where the result would not be a normal number. NaN stays: it is the second operand of
@@ -87,78 +110,84 @@ struct Tile {
         return L::select(L::greater(L::set(-126.0f), x), L::zero(), L::add_exponent(sum, shifted));
     }
 
+    // Calls body(first vector of a buffer of scores, lane) for every L::N lanes; rows of it lie kPanel apart.
+    template <class Body>
+    static void for_columns(float* scores, int lanes, Body body) {
+        for (int lane = 0; lane < lanes; lane += L::N) body(at(scores, kTile, lane / kPanel * kPanel, 0) + lane % kPanel, lane);
+    }
+
     static void weigh(float* scores, int rows, int lanes, float* maximum, float* sum, float* block_sum, float* out, int depth) {
-        for (int lane = 0; lane < lanes; lane += L::N) {
-            float* column = scores + lane;
+        for_columns(scores, lanes, [=](float* column, int lane) {
             F highest = L::load(column);
-            for (int r = 1; r < rows; ++r) highest = L::max(L::load(column + r * kTile), highest);
+            for (int r = 1; r < rows; ++r) highest = L::max(L::load(column + r * kPanel), highest);
             F offset = L::load(maximum + lane), total = L::load(sum + lane);
             if (L::any(L::greater(highest, L::add(offset, L::set(kSlack))))) {
                 const F raised = L::max(highest, offset), factor = power(L::sub(offset, raised));
+                float* lanes_out = at(out, depth, lane / kPanel * kPanel, 0) + lane % kPanel;
+                for (int d = 0; d < depth; ++d) L::store(lanes_out + d * kPanel, L::mul(L::load(lanes_out + d * kPanel), factor));
                 total = L::mul(total, factor);
-                for (int d = 0; d < depth; ++d) L::store(out + d * kTile + lane, L::mul(L::load(out + d * kTile + lane), factor));
                 offset = raised;
                 L::store(maximum + lane, raised);
             }
             F added = L::zero();
             for (int r = 0; r < rows; ++r) {
-                const F weight = power(L::sub(L::load(column + r * kTile), offset));
-                L::store(column + r * kTile, weight);
+                const F weight = power(L::sub(L::load(column + r * kPanel), offset));
+                L::store(column + r * kPanel, weight);
                 added = L::add(added, weight);
             }
             L::store(sum + lane, L::add(total, added));
             if (block_sum) L::store(block_sum + lane, added);
-        }
+        });
     }
 
     static F bounded(F x) { return power(L::min(L::set(126.0f), x)); }
 
     static void raise_by_lane(float* scores, int rows, int lanes, const float* offset, float* sum) {
-        for (int lane = 0; lane < lanes; lane += L::N) {
+        for_columns(scores, lanes, [=](float* column, int lane) {
             const F by = L::load(offset + lane);
             F total = L::zero();
             for (int r = 0; r < rows; ++r) {
-                float* at = scores + r * kTile + lane;
-                const F weight = bounded(L::sub(L::load(at), by));
-                L::store(at, weight);
+                const F weight = bounded(L::sub(L::load(column + r * kPanel), by));
+                L::store(column + r * kPanel, weight);
                 total = L::add(total, weight);
             }
             if (sum) L::store(sum + lane, total);
-        }
+        });
     }
 
     static void raise_by_row(float* scores, int rows, int lanes, const float* offset) {
-        for (int r = 0; r < rows; ++r) {
-            const F by = L::set(offset[r]);
-            for (int lane = 0; lane < lanes; lane += L::N) {
-                float* at = scores + r * kTile + lane;
-                L::store(at, bounded(L::sub(L::load(at), by)));
-            }
-        }
+        for_columns(scores, lanes, [=](float* column, int) {
+            for (int r = 0; r < rows; ++r)
+                L::store(column + r * kPanel, bounded(L::sub(L::load(column + r * kPanel), L::set(offset[r]))));
+        });
     }
 
     static void slope_by_lane(float* scores, const float* weights, int rows, int lanes, const float* shift) {
-        for (int lane = 0; lane < lanes; lane += L::N) {
+        for_columns(scores, lanes, [=](float* column, int lane) {
             const F by = L::load(shift + lane);
-            for (int r = 0; r < rows; ++r) {
-                float* at = scores + r * kTile + lane;
-                L::store(at, L::mul(L::load(weights + r * kTile + lane), L::sub(L::load(at), by)));
-            }
-        }
+            const float* weight = weights + (column - scores);
+            for (int r = 0; r < rows; ++r)
+                L::store(column + r * kPanel, L::mul(L::load(weight + r * kPanel), L::sub(L::load(column + r * kPanel), by)));
+        });
     }
 
     static void slope_by_row(float* scores, const float* weights, int rows, int lanes, const float* shift) {
-        for (int r = 0; r < rows; ++r) {
-            const F by = L::set(shift[r]);
-            for (int lane = 0; lane < lanes; lane += L::N) {
-                float* at = scores + r * kTile + lane;
-                L::store(at, L::mul(L::load(weights + r * kTile + lane), L::sub(L::load(at), by)));
-            }
-        }
+        for_columns(scores, lanes, [=](float* column, int) {
+            const float* weight = weights + (column - scores);
+            for (int r = 0; r < rows; ++r)
+                L::store(column + r * kPanel,
+                         L::mul(L::load(weight + r * kPanel), L::sub(L::load(column + r * kPanel), L::set(shift[r]))));
+        });
+    }
+
+    static void raise(float* values, const float* offset) {
+        for (int lane = 0; lane < kTile; lane += L::N)
+            L::store(values + lane, bounded(L::sub(L::load(values + lane), L::load(offset + lane))));
     }
 
     static TileOps ops(const char* name) {
-        return {name, product, accumulate, weigh, raise_by_lane, raise_by_row, slope_by_lane, slope_by_row};
+        return {name,  pack,          unpack,       product,       accumulate,  weigh,
+                raise_by_lane, raise_by_row, slope_by_lane, slope_by_row, raise};
     }
 };
 
