@@ -13,7 +13,7 @@ queries). float32 and bfloat16 on the CPU, float16 too on CUDA, float64 through 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -46,6 +46,34 @@ class Search(NamedTuple):
     out: Tensor
     lse: Tensor
     scores: Tensor
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor | BlockMask,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor | BlockMask,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention(
@@ -100,7 +128,16 @@ def search(
 
     The paper takes two passes, for a tile's weight needs the LSE that is known at the end. Here each row keeps its sum
     in every tile together with the maximum it was taken at, and all are rescaled at the end: exact, without the second
-    pass. Arguments and errors as in `block_sparse_attention`. Not differentiable.
+    pass. Not differentiable.
+
+    Args:
+        query, key, value, block_size, scale, key_mask: as in `block_sparse_attention`.
+
+    Returns:
+        A `Search`: out, lse, scores.
+
+    Raises:
+        TypeError, ValueError, KernelUnavailable: as `block_sparse_attention` does.
     """
     _check("search", query, key, value, block_size, key_mask)
     with torch.no_grad():
@@ -125,6 +162,10 @@ def block_scores(
 
     Returns:
         float32 [B, H, ceil(Lq / block), ceil(Lk / block)] (float64 of float64). Not differentiable.
+
+    Raises:
+        TypeError, KernelUnavailable: as `block_sparse_attention` does.
+        ValueError: for shapes that do not fit, the LSE's among them.
     """
     _check("block_scores", query, key, None, block_size, key_mask)
     if lse.shape != query.shape[:3]:

@@ -97,7 +97,7 @@ def _exact(inputs: tuple[Tensor, Tensor, Tensor], dense: Tensor) -> Tensor:
     found = []
     for rows, tiles in zip(q.split(PIECE * BLOCK, 2), dense.split(PIECE, 2), strict=True):
         keep = reference.token_mask(tiles, None, (rows.shape[2], k.shape[2]), BLOCK)
-        found.append(reference.attention(rows, k, v, keep, q.shape[-1] ** -0.5)[0])
+        found.append(reference.block_sparse_attention(rows, k, v, keep, q.shape[-1] ** -0.5)[0])
     return torch.cat(found, 2)
 
 

@@ -87,7 +87,8 @@ def _attention_kernel(
     backend = backend_for(q)
     if backend == _dispatch.REFERENCE:
         keep = _keep(q, k, Lists(starts, columns), mask_batch, mask_heads, block, key_mask)
-        out, lse = reference.attention(q.to(_wide(q.dtype)), *_present(key_mask, k, v), keep, scale)
+        keys, values = _present(key_mask, k, v)
+        out, lse = reference.block_sparse_attention(q.to(_wide(q.dtype)), keys, values, keep, scale)
         return out.to(q.dtype), lse
     if backend == _dispatch.TRITON:
         from kernels.attention import triton
@@ -138,12 +139,9 @@ def _search_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = backend_for(q)
     if backend == _dispatch.REFERENCE:
-        wide, (keys, values) = q.to(_wide(q.dtype)), _present(key_mask, k, v)
-        keep = torch.ones(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        out, lse = reference.attention(
-            wide, keys, values, keep if key_mask is None else keep & key_mask[:, None, None], scale
-        )
-        return out.to(q.dtype), lse, reference.block_scores(wide, keys, lse, key_mask, scale, block)
+        keys, values = _present(key_mask, k, v)
+        out, lse, scores = reference.search(q.to(_wide(q.dtype)), keys, values, key_mask, scale, block)
+        return out.to(q.dtype), lse, scores
     if backend == _dispatch.TRITON:
         from kernels.attention import triton
 

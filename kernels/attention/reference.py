@@ -9,6 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["block_scores", "block_sparse_attention", "search"]
+
+
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Lq, D] and LSE [B, H, Lq]. A row that keeps nothing gives 0 and -inf."""
+    scores = logits(q, k, scale).masked_fill(~keep, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return _weights(scores, lse) @ repeated(v, q), lse
+
+
+def search(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention [B, H, Lq, D], its LSE [B, H, Lq], and the weight in every tile [B, H, nq, nk]."""
+    keep = torch.ones(len(q), 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    out, lse = block_sparse_attention(q, k, v, keep if key_mask is None else keep & key_mask[:, None, None, :], scale)
+    return out, lse, block_scores(q, k, lse, key_mask, scale, block)
+
 
 def token_mask(mask: Tensor, key_mask: Tensor | None, lengths: tuple[int, int], block: int) -> Tensor:
     """bool [B, H, Lq, Lk] of a tile mask [B or 1, H or 1, nq, nk] and which keys are there, bool [B, Lk]."""
@@ -24,13 +42,6 @@ def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def repeated(k: Tensor, q: Tensor) -> Tensor:
     """Each head of k [B, G, L, D] as often as query heads share it: [B, H, L, D]."""
     return k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [B, H, Lq, D] and LSE [B, H, Lq]. A row that keeps nothing gives 0 and -inf."""
-    scores = logits(q, k, scale).masked_fill(~keep, -torch.inf)
-    lse = scores.logsumexp(-1)
-    return _weights(scores, lse) @ repeated(v, q), lse
 
 
 def gradients(

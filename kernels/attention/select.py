@@ -31,6 +31,9 @@ def select_blocks(
         forced: bool, broadcastable to the scores: kept in any case, such as `text_blocks`.
         forced_count: whether forced tiles use up the budget (those beyond it are kept nevertheless) or come on top.
 
+    Returns:
+        A mask of the scores' shape.
+
     Raises:
         ValueError: for a keep_ratio outside (0, 1], scores that are not [B, H, nq, nk], or an unknown rule.
     """
@@ -55,10 +58,22 @@ def select_blocks(
 
 
 def recall(scores: Tensor, mask: BlockMask) -> Tensor:
-    """Share of the attention weight that lies in kept tiles, [B, H]: sum of kept scores over the sum of all.
+    """Share of the attention weight that lies in kept tiles.
 
-    Dividing by the sum makes it a share under an old LSE too.
+    Args:
+        scores: [B, H, nq, nk], weights of tiles; see `kernels.attention.search`.
+        mask: of that shape.
+
+    Returns:
+        [B, H]: the sum of kept scores over the sum of all, which makes it a share under an old LSE too.
+
+    Raises:
+        ValueError: for a mask of another shape.
     """
+    if mask.shape != scores.shape:
+        raise ValueError(
+            f"recall: got scores {list(scores.shape)} and a mask of {list(mask.shape)}; expected one shape"
+        )
     return (scores * mask.dense()).sum((-2, -1)) / scores.sum((-2, -1))
 
 
@@ -74,6 +89,9 @@ def head_tiers(recalls: Tensor, keep_ratio: float, *, threshold: float = 0.8) ->
 
     Returns:
         float32 of that shape.
+
+    Raises:
+        ValueError: for a keep_ratio outside (0, 1].
     """
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"head_tiers: got keep_ratio {keep_ratio}; expected a share in (0, 1]")
@@ -87,11 +105,14 @@ def head_tiers(recalls: Tensor, keep_ratio: float, *, threshold: float = 0.8) ->
 def text_blocks(
     queries: int, keys: int, text: range, *, block_size: int = 64, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """bool [nq, nk]: tiles that hold a text token among their queries or keys, AdaSpa's text sink (section 4.2).
+    """Tiles that hold a text token among their queries or keys: AdaSpa's text sink (section 4.2).
 
     Args:
         queries, keys: tokens, of one joint sequence of text and video if equal.
         text: places of the text among them, of both queries and keys.
+
+    Returns:
+        bool [ceil(queries / block), ceil(keys / block)].
 
     Raises:
         ValueError: for text that reaches beyond the sequence.

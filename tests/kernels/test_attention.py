@@ -53,7 +53,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int, key_mask: T
     keep = reference.token_mask(mask.expand(*q.shape[:2], -1, -1), key_mask, (q.shape[2], k.shape[2]), block)
     if key_mask is not None:
         k, v = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (k, v))
-    return reference.attention(q.double(), k.double(), v.double(), keep, q.shape[-1] ** -0.5)
+    return reference.block_sparse_attention(q.double(), k.double(), v.double(), keep, q.shape[-1] ** -0.5)
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:

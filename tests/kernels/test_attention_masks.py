@@ -42,7 +42,7 @@ def test_masks_are_joined_and_met():
     assert torch.equal((BlockMask.of(one) & BlockMask.of(other)).dense(), one & other)
     torch.testing.assert_close(BlockMask.of(one).density(), one.float().mean((-2, -1)))
     with pytest.raises(ValueError, match="same shape"):
-        BlockMask.of(one) | BlockMask.of(other[..., :8])
+        _ = BlockMask.of(one) | BlockMask.of(other[..., :8])
 
 
 def test_what_is_no_mask_is_refused():
@@ -96,6 +96,8 @@ def test_recall_is_the_share_of_the_weight():
     mask = BlockMask.of(torch.tensor([[[[True, False], [True, False]]]]))
     assert recall(found, mask).item() == pytest.approx(0.7)
     assert recall(5 * found, mask).item() == pytest.approx(0.7), "an old LSE changes nothing"
+    with pytest.raises(ValueError, match="expected one shape"):
+        recall(found[..., :1], mask)
 
 
 def test_tiers_are_those_of_the_paper():
