@@ -11,6 +11,7 @@ namespace kernels::attention {
 namespace { // one copy for each translation unit: code for this instruction set must not leak to others at link time
 
 constexpr int kRows = 6;
+constexpr int kLine = 16; // floats in a line of the cache
 constexpr float kSlack = 8.0f; // powers of two by which weights may exceed 1 before the maximum is raised
 
 template <class L, int Vectors>
@@ -32,7 +33,11 @@ struct Tile {
         F sum[Rows][Vectors];
         for (auto& row : sum)
             for (F& part : row) part = L::zero();
+#pragma GCC unroll 4
         for (int d = 0; d < depth; ++d, a += depth_stride, b += kPanel) {
+            if constexpr (!Add)
+                if (d % kLine == 0) // six rows are too many streams for the processor to foresee the next six
+                    for (int r = 0; r < Rows; ++r) __builtin_prefetch(a + (r + Rows) * row_stride);
             F other[Vectors];
             for (int v = 0; v < Vectors; ++v) other[v] = L::load(b + v * L::N);
             for (int r = 0; r < Rows; ++r) {
