@@ -51,13 +51,6 @@ private:
 #endif
 };
 
-float widened(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float out;
-    std::memcpy(&out, &wide, sizeof out);
-    return out;
-}
-
 uint16_t narrowed(float x) { // to the nearest, ties to even; NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -79,11 +72,10 @@ private:
 };
 
 // Rows [first, first + count) of a head, as floats: where they lie, or widened into `room` [64][depth].
-const float* rows_of(Array array, int64_t head, int64_t length, int depth, int64_t first, int count, float* room) {
+const float* rows_of(const TileOps& ops, Array array, int64_t head, int64_t length, int depth, int64_t first, int count, float* room) {
     const int64_t at = (head * length + first) * depth;
     if (!array.half) return static_cast<const float*>(array.data) + at;
-    const auto* bits = static_cast<const uint16_t*>(array.data) + at;
-    for (int64_t i = 0; i < static_cast<int64_t>(count) * depth; ++i) room[i] = widened(bits[i]);
+    ops.widen(static_cast<const uint16_t*>(array.data) + at, static_cast<int64_t>(count) * depth, room);
     return room;
 }
 
@@ -186,7 +178,7 @@ void for_sides(int64_t block, int block_size, int64_t length, Body body) {
 
 // A side of a head along the lanes of a buffer [depth], times a factor.
 void load(const TileOps& ops, Array array, int64_t head, int64_t length, int depth, const Side& side, float factor, Buffer& room, Buffer& buffer) {
-    const float* rows = rows_of(array, head, length, depth, side.first, side.count, room.data());
+    const float* rows = rows_of(ops, array, head, length, depth, side.first, side.count, room.data());
     ops.pack(rows, side.count, depth, factor, buffer.data());
 }
 
@@ -213,8 +205,8 @@ void walk(const TileOps& ops, const Problem& p, const Row& row, const Side& side
     }
     for (size_t i = 0; i < s.runs.size(); ++i) {
         const Run& run = s.runs[i];
-        const float* keys = rows_of(k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
-        const float* values = rows_of(v, row.key_head(p), p.keys, p.depth, run.first, run.count, s.values.data());
+        const float* keys = rows_of(ops, k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
+        const float* values = rows_of(ops, v, row.key_head(p), p.keys, p.depth, run.first, run.count, s.values.data());
         ops.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
         ops.weigh(s.scores.data(), run.count, side.count, s.maximum, s.sum,
                   remember ? s.block_sums.data() + i * kTile : nullptr, s.out.data(), p.depth);
@@ -289,7 +281,7 @@ void block_scores(const Problem& p, Array q, Array k, const float* lse, float* s
             load(ops, q, row.index(p), p.queries, p.depth, side, p.scale * kLog2E, s.keys, s.query);
             offsets(lse + row.index(p) * p.queries + side.first, side.count, s.offset);
             for (const Run& run : s.runs) {
-                const float* keys = rows_of(k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
+                const float* keys = rows_of(ops, k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
                 ops.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
                 ops.raise_by_lane(s.scores.data(), run.count, side.count, s.offset, s.sum);
                 found[run.block] += std::accumulate(s.sum, s.sum + side.count, 0.0f);
@@ -336,8 +328,8 @@ void query_gradient(const TileOps& ops, const Problem& p, const Row& row, const 
     for (int lane = 0; lane < kTile; ++lane) s.shift[lane] = lane < side.count ? g.shift[at + lane] : 0.0f;
     std::fill(s.out.data(), s.out.data() + p.depth * kTile, 0.0f);
     for (const Run& run : s.runs) {
-        const float* keys = rows_of(g.k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
-        const float* values = rows_of(g.v, row.key_head(p), p.keys, p.depth, run.first, run.count, s.values.data());
+        const float* keys = rows_of(ops, g.k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
+        const float* values = rows_of(ops, g.v, row.key_head(p), p.keys, p.depth, run.first, run.count, s.values.data());
         ops.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
         ops.raise_by_lane(s.scores.data(), run.count, side.count, s.offset, nullptr);
         ops.product(values, run.count, p.depth, s.gradient.data(), side.count, s.slopes.data());
@@ -352,8 +344,8 @@ void query_gradient(const TileOps& ops, const Problem& p, const Row& row, const 
 void add_queries(const TileOps& ops, const Problem& p, int64_t head, int64_t block, const Side& side, const Given& g, Scratch& s) {
     for_sides(block, p.block, p.queries, [&](const Side& from) {
         const int64_t at = head * p.queries + from.first;
-        const float* queries = rows_of(g.q, head, p.queries, p.depth, from.first, from.count, s.keys.data());
-        const float* d_out = rows_of(g.d_out, head, p.queries, p.depth, from.first, from.count, s.values.data());
+        const float* queries = rows_of(ops, g.q, head, p.queries, p.depth, from.first, from.count, s.keys.data());
+        const float* d_out = rows_of(ops, g.d_out, head, p.queries, p.depth, from.first, from.count, s.values.data());
         offsets(g.lse + at, from.count, s.offset);
         ops.product(queries, from.count, p.depth, s.query.data(), side.count, s.scores.data());
         ops.raise_by_row(s.scores.data(), from.count, side.count, s.offset);

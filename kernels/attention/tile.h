@@ -21,6 +21,8 @@ constexpr float kNothing = -1e30f; // a maximum before the first score: finite, 
 // [depth] hold exactly that many rows, buffers of scores 64.
 struct TileOps {
     const char* name;
+    // floats of bfloat16s
+    void (*widen)(const uint16_t* bits, int64_t count, float* floats);
     // buffer [depth] = factor times rows [count][depth], transposed; zero in the lanes behind `count`
     void (*pack)(const float* rows, int count, int depth, float factor, float* buffer);
     // rows [count][depth] = buffer [depth] transposed, each lane times its factor; zero where that is zero

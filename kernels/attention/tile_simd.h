@@ -3,7 +3,7 @@
 // L: lanes (see simd/); Vectors: of a row of the buffer that a product holds at once. With six rows of them the sums fill
 // the registers, and each broadcast meets `Vectors` multiplications.
 #pragma once
-#include <algorithm>
+#include <cstring>
 
 #include "tile.h"
 
@@ -22,6 +22,14 @@ struct Tile {
 
     // Rows at a time: never a rest of one or two, whose few sums would wait for each other.
     static int group(int rows) { return rows >= 2 * kRows ? kRows : rows > kRows ? (rows + 1) / 2 : rows; }
+
+    static void widen(const uint16_t* bits, int64_t count, float* floats) {
+        auto* words = reinterpret_cast<char*>(floats);
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+            std::memcpy(words + i * sizeof wide, &wide, sizeof wide);
+        }
+    }
 
     // A row of a panel within a buffer of `rows` rows.
     static float* at(float* buffer, int rows, int lane, int row) { return buffer + static_cast<int64_t>(lane) * rows + row * kPanel; }
@@ -191,8 +199,8 @@ struct Tile {
     }
 
     static TileOps ops(const char* name) {
-        return {name,  pack,          unpack,       product,       accumulate,  weigh,
-                raise_by_lane, raise_by_row, slope_by_lane, slope_by_row, raise};
+        return {name,  widen,         pack,         unpack,        product,      accumulate,
+                weigh, raise_by_lane, raise_by_row, slope_by_lane, slope_by_row, raise};
     }
 };
 
