@@ -103,8 +103,8 @@ def search(
 
 
 def block_scores(q: Tensor, k: Tensor, lse: Tensor, block: int, scale: float, key_mask: Tensor | None) -> Tensor:
-    """float32 [B, H, nq, nk], the sums of exp(scale q k - LSE) over each tile. A summand is at most 2^126, so that no
-    LSE, however old, makes one infinite."""
+    """float32 [B, H, nq, nk], the sums of exp(scale q k - LSE) over each tile. A summand is at most 2^112, so that no
+    LSE, however old, makes the sum of a tile infinite."""
     batch, heads, length, _ = q.shape
     size, keys, options = _score_sizes(q)
     # a program leaves sums of tiles, or of pieces of tiles
@@ -267,7 +267,7 @@ def _scores_kernel(
         keys = load_rows(from_k, key, k_row, live, KEYS, DIM, WIDTH, WHOLE)
         score = dot(own, tl.trans(keys), tl.zeros([ROWS, KEYS], dtype=tl.float32), INTERPRETED) * scale
         power = score - before[:, None]
-        weight = tl.exp2(tl.where(power > 126.0, 126.0, power))  # not `minimum`, which would drop a NaN
+        weight = tl.exp2(tl.where(power > 112.0, 112.0, power))  # not `minimum`, which would drop a NaN
         weight = tl.where(counts[:, None], weight, 0.0)
         if not WHOLE:
             weight = tl.where(live[None, :], weight, 0.0)
