@@ -148,7 +148,7 @@ def _exact(
     every = mask.expand(case.batch, -1, -1, -1)
     keep = reference.token_mask(every, key_mask, (case.queries, case.keys), case.block)
     scale = case.dim**-0.5
-    out, lse = reference.attention(q, k, v, keep, scale)
+    out, lse = reference.block_sparse_attention(q, k, v, keep, scale)
     if d_out is None or d_lse is None:
         return out, lse, reference.block_scores(q, k, lse, key_mask, scale, case.block)
     return out, lse, *reference.gradients(q, k, v, keep, scale, out, lse, d_out.double(), d_lse.double())

@@ -34,7 +34,7 @@ def exactly(q, k, v, mask, block, key_mask, d_out=None, d_lse=None):
     keep = reference.token_mask(mask.expand(*q.shape[:2], -1, -1), key_mask, (q.shape[2], k.shape[2]), block)
     wide = [q.double(), *(ops._present(key_mask, k.double(), v.double()))]
     scale = q.shape[-1] ** -0.5
-    out, lse = reference.attention(*wide, keep, scale)
+    out, lse = reference.block_sparse_attention(*wide, keep, scale)
     if d_out is None:
         return out, lse
     return out, lse, *reference.gradients(*wide, keep, scale, out, lse, d_out.double(), d_lse.double())
