@@ -40,7 +40,7 @@ void attention(const Problem& p, const Mask& mask, Array q, Array k, Array v, Ar
 // Over all tiles, and scores [batch][heads][query_blocks][key_blocks], the sum of weights in each.
 void search(const Problem& p, Array q, Array k, Array v, ArrayOut out, float* lse, float* scores, int threads);
 
-// Sums of exp(scale q k - lse) alone, at most 2^126 each; queries with an lse of -inf add nothing.
+// Sums of exp(scale q k - lse) alone, at most 2^112 each; queries with an lse of -inf add nothing.
 void block_scores(const Problem& p, Array q, Array k, const float* lse, float* scores, int threads);
 
 // dq, dk, dv from d_out like q and shift [batch][heads][queries] = sum(d_out out) - d_lse.

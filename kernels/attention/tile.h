@@ -34,13 +34,13 @@ struct TileOps {
     // One step of the softmax over the base 2: scores become 2^(score - maximum) and are added to sum [64]. Where a maximum
     // grows much it is raised, and sum and out [depth] shrink by as much. block_sum [64], unless null: what was added.
     void (*weigh)(float* scores, int rows, int lanes, float* maximum, float* sum, float* block_sum, float* out, int depth);
-    // scores become 2^(score - offset), at most 2^126: one offset a lane, or one a row; sum [64], unless null: of each lane
+    // scores become 2^(score - offset), at most 2^112: one offset a lane, or one a row; sum [64], unless null: of each lane
     void (*raise_by_lane)(float* scores, int rows, int lanes, const float* offset, float* sum);
     void (*raise_by_row)(float* scores, int rows, int lanes, const float* offset);
     // scores = weights (scores - shift): one shift a lane, or one a row
     void (*slope_by_lane)(float* scores, const float* weights, int rows, int lanes, const float* shift);
     void (*slope_by_row)(float* scores, const float* weights, int rows, int lanes, const float* shift);
-    // values become 2^(value - offset), at most 2^126; lanes [64] of each
+    // values become 2^(value - offset), at most 2^112; lanes [64] of each
     void (*raise)(float* values, const float* offset);
 };
 

@@ -12,6 +12,7 @@ namespace { // one copy for each translation unit: code for this instruction set
 
 constexpr int kRows = 6;
 constexpr int kLine = 16; // floats in a line of the cache
+constexpr float kHighest = 112.0f; // of a power under an old offset: a sum over a tile of 128 x 128 is still finite
 constexpr float kSlack = 8.0f; // powers of two by which weights may exceed 1 before the maximum is raised
 
 template <class L, int Vectors>
@@ -153,7 +154,7 @@ struct Tile {
         });
     }
 
-    static F bounded(F x) { return power(L::min(L::set(126.0f), x)); }
+    static F bounded(F x) { return power(L::min(L::set(kHighest), x)); }
 
     static void raise_by_lane(float* scores, int rows, int lanes, const float* offset, float* sum) {
         for_columns(scores, lanes, [=](float* column, int lane) {

@@ -244,7 +244,7 @@ def test_an_old_lse_ranks_the_same_if_it_is_shifted_evenly():
 def test_an_lse_that_is_far_too_small_does_not_overflow(isa):
     q, k, _ = made()
     scores = A.block_scores(q, k, torch.full((1, 2, 150), -1000.0))
-    assert scores.isfinite().logical_or(scores == torch.inf).all() and (scores > 1e30).all()
+    assert scores.isfinite().all() and (scores > 1e30).all()
     nothing = torch.full((1, 2, 150), -torch.inf)
     assert (A.block_scores(q, k, nothing) == 0).all()
 
