@@ -22,6 +22,12 @@ GSPLAT = "gsplat"  # no kernel of ours: what serves CUDA where a well-kept libra
 # op -> the backend that runs for (device type, dtype) when none is forced. `cpu` is the compiled C++ module, `triton`
 # the GPU kernels; float64 is for checking gradients, and the readable reference does that best.
 TABLE: dict[str, dict[tuple[str, torch.dtype], str]] = {
+    "attention": {
+        ("cpu", torch.float32): CPU,
+        ("cuda", torch.float32): TRITON,
+        ("cpu", torch.float64): REFERENCE,
+        ("cuda", torch.float64): REFERENCE,
+    },
     "ct": {
         ("cpu", torch.float32): CPU,
         ("cuda", torch.float32): TRITON,

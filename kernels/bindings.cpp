@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/bind.h"
 #include "ct/cpu.h"
 #include "nm/bind.h"
 #include "nm/mask_bind.h"
@@ -112,6 +113,7 @@ NB_MODULE(_native, m) {
     m.def("ct_fan_backproject", &kernels::fan_backproject, "sinogram"_a.noconvert(), "angles"_a.noconvert(),
           "out"_a.noconvert(), "source_axis"_a, "axis_detector"_a, "pitch"_a, "pixel"_a, "offset"_a, "axis"_a, "threads"_a,
           "The exact adjoint: sinogram [B, V, K] float32 -> out [B, H, W] float32.");
+    kernels::attention::bind(m);
     kernels::nm::bind(m);
     kernels::nm::bind_mask(m);
     kernels::splat::bind(m);

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipelines import gpu_check
-from pipelines.gpu import ct, nm, report
+from pipelines.gpu import attention, ct, nm, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +52,7 @@ def test_the_checks_run_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     result = run("--interpret", "--folder", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "69 of 69 checks hold" in result.stdout
+    assert "97 of 97 checks hold" in result.stdout
     assert not list(tmp_path.iterdir()), "an interpreter's run is no result of a GPU"
 
 
@@ -110,6 +110,39 @@ def test_wrong_products_and_masks_fail_the_checks(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patched:
             patched.setattr(module, name, wrong)
             assert expected in check(), expected
+
+
+def test_wrong_attention_fails_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELS_BACKEND", "reference")
+    monkeypatch.setattr(attention, "TINY", attention.TINY[:1])
+    check = lambda: {result.name for result in attention.checks(torch.device("cpu"), tiny=True) if not result.ok}  # noqa: E731
+    ours, names = attention.attention, ("block_sparse_attention", "search", "block_scores")
+    attend, search, scores = (getattr(ours, name) for name in names)
+    assert not check()
+
+    def moved(*arguments, **named):
+        out, lse = attend(*arguments, **named)
+        return out * 1.05, lse + 1e-4
+
+    def shaky(*arguments, **named):
+        out, lse = attend(*arguments, **named)
+        return out + 1e-9 * torch.rand(1), lse
+
+    def finite(*arguments, **named):
+        out, lse = attend(*arguments, **named)
+        return out, lse.clamp_min(-1e30)
+
+    for name, wrong, expected in (
+        (names[0], moved, {"output", "LSE", "gradients"}),
+        (names[0], shaky, {"not the same again"}),
+        (names[0], finite, {"LSE"}),
+        (names[0], lambda q, k, v, mask, **named: attend(q, k, v, ~mask, **named), {"output", "LSE", "gradients"}),
+        (names[1], lambda q, k, v, **named: search(q * 1.1, k, v, **named), {"searched output", "scores"}),
+        (names[2], lambda q, k, lse, **named: scores(q, k, lse + 1e-5, **named), {"scores of a known LSE"}),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(ours, name, wrong)
+            assert expected <= check(), expected
 
 
 def test_no_checks_are_no_success() -> None:
