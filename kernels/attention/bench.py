@@ -122,7 +122,8 @@ def _flex_run(inputs: tuple[Tensor, Tensor, Tensor], dense: Tensor) -> Callable[
 
     count = dense.sum(-1, dtype=torch.int32)
     columns = torch.sort(dense.to(torch.int8), dim=-1, descending=True, stable=True).indices.to(torch.int32)
-    mask = BlockMask.from_kv_blocks(torch.zeros_like(count), columns, count, columns, BLOCK_SIZE=BLOCK)
+    none = torch.zeros_like(count), torch.zeros_like(columns)  # the compiler fails on one tensor given twice
+    mask = BlockMask.from_kv_blocks(*none, count, columns, BLOCK_SIZE=BLOCK)
     return lambda: _flex()(*inputs, block_mask=mask)
 
 
