@@ -126,9 +126,9 @@ def search(
 ) -> Search:
     """Dense attention, its LSE, and the weight of every tile: AdaSpa's fused search.
 
-    The paper takes two passes over the keys, for a tile's weight needs the LSE that is known at the end. On the CPU each
-    row keeps its sum in every tile together with the maximum it was taken at, and all are rescaled at the end: exact,
-    without the second pass. On CUDA, where that would fill the memory, two passes are taken. Not differentiable.
+    The paper takes two passes over the keys, for a tile's weight needs the LSE that is known at the end. On the CPU
+    each row keeps its sum in every tile together with the maximum it was taken at, and all are rescaled at the end:
+    exact, without the second pass. On CUDA, where that would fill the memory, two are taken. Not differentiable.
 
     Args:
         query, key, value, block_size, scale, key_mask: as in `block_sparse_attention`.
