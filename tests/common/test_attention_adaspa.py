@@ -177,10 +177,11 @@ def test_a_layer_reached_late_searches_then():
 
 
 def test_a_restart_forgets_and_a_run_too_short_warns():
-    policy = plain()
-    drive(policy, 3)
+    policy, meter, site = plain(), Meter(), replace(NONE, step=3)
+    assert not torch.allclose(drive(policy, 3)[2], full(3), atol=1e-2)
     policy.restart()
-    assert torch.allclose(drive(policy, 1)[0], full(1), atol=TOLERANCE)
+    meter.enter(site, 2)
+    assert torch.allclose(policy.attend(*qkv(3), site, meter), full(3), atol=TOLERANCE)  # it searches anew
     with pytest.warns(UserWarning, match=r"all was dense.*took 1 steps.*due at step 2"):
         policy.close(1)
     policy.close(2)

@@ -109,6 +109,7 @@ def test_a_policy_is_told_where_it_is(pipe):
 
 
 def test_the_model_is_left_as_it_was(pipe):
+    pipe = Pipeline(pipe.name, transformer(pipe.name))  # one that no other test has used
     plain, before = pipe(3), state(pipe.transformer)
     with adaspa(pipe, 0.15, search_steps=(1,), block_size=32):
         pipe(3)
