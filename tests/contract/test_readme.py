@@ -90,6 +90,22 @@ def test_the_speeds_of_packed_weights_are_the_measured_ones() -> None:
             wanted = [float(f"{row[name]:.2g}") for name in ("ratio", "ratio_low", "ratio_high")]
             assert [float(x) for x in re.findall(r"[\d.]+\d|\d+", cell.replace("..", " "))] == wanted, pattern
 
+def test_the_speeds_of_attention_are_the_measured_ones() -> None:
+    found = {
+        (row["case"], row["implementation"]): row
+        for row in committed("results/bench.json")["rows"]
+        if row["op"] == "attention"
+    }
+    rows = table_rows("head dim, kept")
+    assert len(rows) == 6
+    for what, *cells in rows:
+        dim, density = what.split(", ")
+        columns = [(dtype, name) for dtype in ("float32", "bfloat16") for name in ("ours", "FlexAttention")]
+        for (dtype, name), cell in zip(columns, cells, strict=True):
+            row = found[f"16384 x {dim} {dtype}, density {density}", name]
+            wanted = [float(f"{row[key]:.2g}") for key in ("ratio", "ratio_low", "ratio_high")]
+            assert [float(x) for x in re.findall(r"[\d.]+\d|\d+", cell.replace("..", " "))] == wanted, (what, dtype)
+
 
 def test_the_scoreboard_is_the_committed_one() -> None:
     claims = committed("scoreboard.json")["claims"]
