@@ -107,7 +107,7 @@ def _of_case(device: torch.device, case: Case, dtype: torch.dtype) -> Iterator[C
 
     def slopes() -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        return torch.autograd.grad(call(*leaves, mask), leaves, (d_out, d_lse))
+        return torch.autograd.grad(call(leaves[0], leaves[1], leaves[2], mask), leaves, (d_out, d_lse))
 
     def unrepeated() -> float:
         pairs = [*zip(call(q, k, v, mask), call(q, k, v, mask), strict=True), *zip(slopes(), slopes(), strict=True)]

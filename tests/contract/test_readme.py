@@ -90,6 +90,7 @@ def test_the_speeds_of_packed_weights_are_the_measured_ones() -> None:
             wanted = [float(f"{row[name]:.2g}") for name in ("ratio", "ratio_low", "ratio_high")]
             assert [float(x) for x in re.findall(r"[\d.]+\d|\d+", cell.replace("..", " "))] == wanted, pattern
 
+
 def test_the_speeds_of_attention_are_the_measured_ones() -> None:
     found = {
         (row["case"], row["implementation"]): row
