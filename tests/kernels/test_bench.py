@@ -113,7 +113,7 @@ def test_a_wrong_op_or_file_is_refused_before_anything_runs(tmp_path: Path, caps
     with pytest.raises(SystemExit) as caught:
         bench.main(["tc"])
     assert caught.value.code == 2
-    assert "unknown op 'tc'; expected one of ct" in capsys.readouterr().err
+    assert "unknown op 'tc'; expected one of attention, ct" in capsys.readouterr().err
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(SystemExit, match=r"x\.json holds something else than benchmarks; remove it"):
         bench.main(["ct", "--out", str(tmp_path / "x.json")])
