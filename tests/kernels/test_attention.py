@@ -104,8 +104,9 @@ def test_any_shape(queries, keys, dim, shape, block, broadcast, share):
     mask = some_mask(q, k, block, share, 1 if broadcast else None, 1 if broadcast else None)
     out, lse = A.block_sparse_attention(q, k, v, mask, block_size=block, return_lse=True)
     expected, expected_lse = exact(q, k, v, mask.expand(batch, -1, -1, -1), block)
-    assert_near(out, expected, TOLERANCE[torch.float32])
-    assert_near(lse, expected_lse, TOLERANCE[torch.float32])
+    # of one query or key little may be left of addends of size one: the error is theirs, so it is absolute
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=3e-6)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=3e-6)
 
 
 def test_rows_without_a_tile_give_zero_and_minus_infinity(isa):
