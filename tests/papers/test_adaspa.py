@@ -270,7 +270,7 @@ def test_measured_costs_hold_together():
     found = cost.measure(512, head_dim=32, keep_ratios=[0.25], block=16, rounds=2)
     assert set(found["seconds"]) == {"dense", "search", "scores", "sparse/0.25"}
     assert all(len(values) == 2 for values in found["seconds"].values())
-    assert 0.25 <= found["density"]["0.25"] < 0.6 and found["found"]["0.25"] > found["density"]["0.25"]
+    assert 0.25 <= found["density"]["0.25"] < 0.6 and 0.25 < found["found"]["0.25"] < 1
     rows = cost.ratios({"dense": [2.0, 4.0], "search": [3.0, 5.0]})
     assert rows == [{"search": 1.5}, {"search": 1.25}]
 
@@ -295,11 +295,18 @@ def test_planted_heads_have_their_pattern_and_bad_ones_are_refused():
 
 def test_each_arm_is_what_its_name_says(smoke):
     changed = {
-        "no_tiers": ("head_adaptive", False), "no_cache": ("refresh_lse", "search"),
-        "search_10": ("search_steps", (10,)), "search_10_20_30_40": ("search_steps", (10, 20, 30, 40)), "warmup_0": ("search_steps", (1, 8)),
-        "warmup_5": ("search_steps", (5, 8)), "keep_0.1": ("keep_ratio", 0.1), "block_64": ("block_size", 64),
-        "global_rule": ("rule", "global"), "no_sink": ("text_sink", False), "sink_counts": ("text_counts", True),
-    }  # fmt: skip
+        "no_tiers": ("head_adaptive", False),
+        "no_cache": ("refresh_lse", "search"),
+        "search_10": ("search_steps", (10,)),
+        "search_10_20_30_40": ("search_steps", (10, 20, 30, 40)),
+        "warmup_0": ("search_steps", (1, 8)),
+        "warmup_5": ("search_steps", (5, 8)),
+        "keep_0.1": ("keep_ratio", 0.1),
+        "block_64": ("block_size", 64),
+        "global_rule": ("rule", "global"),
+        "no_sink": ("text_sink", False),
+        "sink_counts": ("text_counts", True),
+    }
     plain = experiment.policy(smoke, "adaspa")
     for arm, (field, value) in changed.items():
         assert getattr(experiment.policy(smoke, arm), field) == value != getattr(plain, field)
