@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -93,7 +94,8 @@ def autotune(path: Path | str | None = None, *, sizes: Sequence[int] = SIZES, qu
     path.parent.mkdir(parents=True, exist_ok=True)
     table = (_read(path) or {}) | {_isa(os.environ.get("KERNELS_ISA")): rows}
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(table, indent=1) + "\n")
+    in_lines = re.sub(r"\s*\n\s*(?=[\d.\]])", " ", json.dumps(table, indent=1))  # the numbers of a size in one
+    unfinished.write_text(in_lines + "\n")
     unfinished.replace(path)
     _table.cache_clear()
     return path
