@@ -83,7 +83,7 @@ def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
 
 
 def timings(device: torch.device, repeats: int) -> Iterator[Timing]:
-    """Products of a 4096 x 4096 weight with 1, 16 and 256 tokens, by vectors with more, gradients, and mask searches."""
+    """Products of a 4096 x 4096 weight with 1, 16 and 256 tokens, by vectors with more; gradients, mask searches."""
     for tokens in TOKENS:
         yield from _products(device, tokens, repeats)
     for tokens in MANY:
