@@ -126,7 +126,7 @@ def _layer(name: str, layer: NMLayer | PackedLinear, tokens: int) -> LayerReport
     if not served:
         note = "none: no packed product for this kind of layer"
     elif ratio is None:
-        note = "unknown: this pattern, dtype or size was not measured here, see kernels.nm.autotune()"
+        note = "unknown: not measured here, see kernels.nm.autotune()"
     elif ratio < 1:
         note = f"none: below the crossover ({ratio:.2f}), runs dense"
     else:

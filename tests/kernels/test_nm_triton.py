@@ -6,8 +6,7 @@ import importlib.util
 import json
 
 import pytest
-
-from tests.support.nm_triton import interpreted, run
+from nm_triton import interpreted, run
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (it has no build for this platform)"

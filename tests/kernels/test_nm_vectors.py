@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from nm_triton import interpreted, run
 from torch import Tensor
 
 from kernels import nm
 from kernels.nm import crossover, reference
 from kernels.nm.tensor import to_groups
-from tests.support.nm_triton import interpreted, run
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (it has no build for this platform)"
