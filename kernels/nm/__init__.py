@@ -19,8 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import _dispatch
-from kernels.nm import crossover, ops
+from kernels.nm import ops
 from kernels.nm.crossover import autotune, speedup
 from kernels.nm.masks import mask
 from kernels.nm.tensor import LARGEST, NMTensor, packed_from, require_vector
@@ -87,7 +86,8 @@ def linear(
     straight_through  the dense weight [O, K] that W was packed from, which then gets the whole gradient dy^T x, also
                       where W has zeros (Bengio et al. 2013); without it `packed.values` gets its own, at the kept
                       entries alone
-    dense             run torch's dense product instead; by default where `speedup` knows it to be faster
+    dense             run torch's dense product instead; by default on the CPU where `speedup` knows it to be faster.
+                      Gradients are packed products all the same
 
     Gradients go to x, bias, and straight_through or packed.values.
 
@@ -113,14 +113,8 @@ def linear(
             raise TypeError(f"kernels.nm.linear: got {name} of {tensor.dtype}; expected real floating point")
     tokens = x.shape[:-1].numel()
     compute = torch.float64 if packed.dtype == torch.float64 else torch.float32
-    if dense is None:
-        ours = x.device.type == "cpu" and ops.backend_for(x.device, compute) == _dispatch.CPU
-        dense = ours and crossover.dense_is_faster(packed, tokens)
     bias = None if bias is None else bias.to(compute)
-    if dense and straight_through is None:
-        y = torch.nn.functional.linear(x.to(compute), packed.to_dense().to(compute), bias)
-    else:
-        if x.is_cuda and x.dtype == packed.dtype == torch.bfloat16:
-            compute = torch.bfloat16  # its products are exact and its sums float32 there: a wider x gains nothing
-        y = ops.linear(x.reshape(tokens, columns).to(compute), packed, bias, straight_through)
+    if x.is_cuda and x.dtype == packed.dtype == torch.bfloat16:
+        compute = torch.bfloat16  # its products are exact and its sums float32 there: a wider x gains nothing
+    y = ops.linear(x.reshape(tokens, columns).to(compute), packed, bias, straight_through, dense)
     return y.reshape(*x.shape[:-1], rows).to(x.dtype)

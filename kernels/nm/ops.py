@@ -13,14 +13,16 @@ from torch import Tensor
 
 from kernels import _dispatch
 from kernels._load import native
-from kernels.nm import reference, vectors
+from kernels.nm import crossover, reference, vectors
 from kernels.nm.tensor import NMTensor, bits, from_groups, to_groups
 
 
-def linear(x: Tensor, packed: NMTensor, bias: Tensor | None, straight_through: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, packed: NMTensor, bias: Tensor | None, straight_through: Tensor | None, dense: bool | None = False
+) -> Tensor:
     """y [T, O] of x [T, K]; see kernels.nm.linear."""
     rows = packed.shape[0]
-    return _linear(x, packed.values, packed.places, packed.m, packed.vector, rows, bias, straight_through)
+    return _linear(x, packed.values, packed.places, packed.m, packed.vector, rows, bias, straight_through, dense)
 
 
 def input_gradient(dy: Tensor, packed: NMTensor) -> Tensor:
@@ -51,9 +53,17 @@ def _linear_kernel(
     rows: int,
     bias: Tensor | None,
     straight_through: Tensor | None,
+    dense: bool | None,
 ) -> Tensor:
     backend = backend_for(x.device, x.dtype)
     given = None if bias is None else bias.detach().contiguous()
+    weight = NMTensor(values.detach(), places, (rows, values.shape[1] * m), values.shape[2], m, vector)
+    if dense is None:  # here and not before, so that a compiler neither reads the table nor takes it for fixed
+        dense = backend == _dispatch.CPU and crossover.dense_is_faster(weight, len(x))
+    if dense:
+        return torch.nn.functional.linear(
+            x, weight.to_dense().to(x.dtype), None if given is None else given.to(x.dtype)
+        )
     if backend == _dispatch.REFERENCE:
         given = None if given is None else given.to(x.dtype)
         return reference.linear(x, *to_groups(values, places, m, rows, vector), m, given)
@@ -81,6 +91,7 @@ def _linear_fake(
     rows: int,
     bias: Tensor | None,
     straight_through: Tensor | None,
+    dense: bool | None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], rows)
 
@@ -134,7 +145,7 @@ def _weight_gradient_fake(dy: Tensor, x: Tensor, values: Tensor, places: Tensor,
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, values, places, ctx.m, ctx.vector, _, bias, straight_through = inputs
+    x, values, places, ctx.m, ctx.vector, _, bias, straight_through, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.dense_dtype = None if straight_through is None else straight_through.dtype
     ctx.save_for_backward(x, values, places)
@@ -142,7 +153,7 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, values, places = ctx.saved_tensors
-    wants_x, wants_values, _, _, _, _, wants_bias, wants_dense = ctx.needs_input_grad
+    wants_x, wants_values, _, _, _, _, wants_bias, wants_dense, _ = ctx.needs_input_grad
     dx = _input_gradient(dy, values, places, ctx.m, ctx.vector) if wants_x else None
     kept = _weight_gradient(dy, x, values, places, ctx.m, ctx.vector) if wants_values else None
     bias = dy.sum(dim=0, dtype=ctx.bias_dtype) if wants_bias else None
@@ -150,14 +161,14 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if wants_dense:
         wide = torch.promote_types(dy.dtype, ctx.dense_dtype)
         dense = (dy.mT.to(wide) @ x.to(wide)).to(ctx.dense_dtype)
-    return dx, kept, None, None, None, None, bias, dense
+    return dx, kept, None, None, None, None, bias, dense, None
 
 
 _library = torch.library.Library("resparse", "FRAGMENT")
 for _definition, _kernel, _fake in (
     (
         "nm_linear(Tensor x, Tensor values, Tensor places, int m, int vector, SymInt rows, Tensor? bias, "
-        "Tensor? straight_through) -> Tensor",
+        "Tensor? straight_through, bool? dense) -> Tensor",
         _linear_kernel,
         _linear_fake,
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -255,7 +255,7 @@ def test_it_compiles_into_one_graph(dynamic: bool) -> None:
     packed = nm.pack(weight, 2, 4)
 
     def loss(x: Tensor, values: Tensor) -> Tensor:
-        y = nm.linear(2 * x, nm.NMTensor(values, packed.places, packed.shape, 2, 4), bias, dense=False)
+        y = nm.linear(2 * x, nm.NMTensor(values, packed.places, packed.shape, 2, 4), bias)
         return y.square().sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -355,7 +355,7 @@ def test_speedup_goes_by_the_nearest_size_and_vector(tmp_path: Path) -> None:
 def test_small_weights_run_dense_where_large_ones_run_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sized_table(tmp_path / "table.json")
     taken = []
-    monkeypatch.setattr("kernels.nm.ops.linear", lambda x, packed, *_: taken.append(packed) or x @ packed.to_dense().T)
+    monkeypatch.setattr(crossover, "dense_is_faster", asked(taken))
     small, wide, shared = (
         nm.pack(torch.randn(rows, columns), 2, 8, vector=vector)
         for rows, columns, vector in ((16, 16, 1), (16384, 512, 1), (16, 16, 32))
@@ -367,8 +367,8 @@ def test_small_weights_run_dense_where_large_ones_run_packed(tmp_path: Path, mon
             y = nm.linear(x, packed)
         assert torch.allclose(y, x @ packed.to_dense().T, atol=1e-5)
         assert len(said) == (packed is not wide)
+        assert taken.pop() == (packed is not wide)
         assert not said or f"is faster than {packed.pattern} at some sizes of the weight" in str(said[0].message)
-    assert taken == [wide]
 
 
 def test_linear_runs_dense_where_that_is_faster_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,15 +376,34 @@ def test_linear_runs_dense_where_that_is_faster_and_says_so(tmp_path: Path, monk
     weight, bias, x, _ = made(24, 4, 2, 4, 16)
     packed = nm.pack(weight, 2, 4)
     taken = []
-    monkeypatch.setattr("kernels.nm.ops.linear", lambda *_: taken.append("packed") or torch.zeros(16, 24))
+    monkeypatch.setattr(crossover, "dense_is_faster", asked(taken))
     with pytest.warns(UserWarning, match="a dense torch.float32 product is faster than 2:4"):
         y = nm.linear(x, packed, bias)
-    assert torch.allclose(y, x @ weight.T + bias, atol=1e-5) and not taken
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias)) and taken == [True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nm.linear(x, packed, bias)  # said once
         nm.linear(x, packed, bias, dense=False)
-    assert taken == ["packed"]
+        assert taken == [True, True]
+        nm.linear(x[:1], packed, bias)
+    assert taken == [True, True, False]
+
+
+def asked(answers: list[bool]) -> Callable[[nm.NMTensor, int], bool]:
+    """`dense_is_faster`, which notes what it said."""
+    ask = crossover.dense_is_faster
+    return lambda packed, tokens: answers.append(ask(packed, tokens)) or answers[-1]
+
+
+def test_gradients_are_the_same_where_it_runs_dense() -> None:
+    weight, bias, x, dy = made(24, 4, 2, 8, 9)
+    found = []
+    for dense in (False, True):
+        leaf, packed = x.clone().requires_grad_(), nm.pack(weight, 2, 8)
+        packed.values.requires_grad_()
+        nm.linear(leaf, packed, bias, dense=dense).backward(dy)
+        found.append((leaf.grad, packed.values.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_autotune_keeps_a_table_for_this_machine(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_it_compiles_into_one_graph() -> None:
 
     def loss(x: Tensor, values: Tensor) -> Tensor:
         weight = nm.NMTensor(values, packed.places, packed.shape, 2, 8, 16)
-        return nm.linear(2 * x, weight, dense=False).square().sum()
+        return nm.linear(2 * x, weight).square().sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     grads = []
