@@ -2,7 +2,7 @@
 
 A few tokens: a program reads its share of sixteen rows once, as it lies in memory, and gathers x through the cache.
 More tokens: a program spreads a tile of the weight out in registers, by comparing places with the tile's columns, and
-multiplies it on the tensor cores, which saves the reading of zeros and none of the arithmetic (see `vectors_triton.py`).
+multiplies it on the tensor cores, which saves reading zeros and none of the arithmetic (`vectors_triton.py` does).
 
 float32 weights are multiplied as three tf32 products (Ootomo and Yokota 2022), about as exact as float32 ones;
 bfloat16 weights with a bfloat16 x, or with a float32 x cut into three bfloat16 parts that hold all its bits. Zeros meet
