@@ -114,7 +114,7 @@ def pretrained_pipeline(name: str, *, device: str = "cuda", dtype: torch.dtype =
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise MissingWeights(
             f"{name} cannot be loaded ({str(error).splitlines()[0]}). Download it once on a machine with a "

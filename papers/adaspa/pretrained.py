@@ -48,7 +48,7 @@ def _sampled(pipe: Any, params: Params, text: str, seed: int) -> Tensor:
     made = pipe(
         prompt=text,
         height=params.side,
-        width=16 * params.side // 9,
+        width=16 * round(params.side / 9),  # 16:9, in multiples of 16
         num_frames=params.frames,
         num_inference_steps=params.steps,
         generator=torch.Generator(params.device).manual_seed(seed),
