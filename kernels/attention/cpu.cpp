@@ -28,7 +28,7 @@ constexpr double kLn2 = 0.693147180559945309;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 const TileOps& tile_ops() {
-    switch (current_isa()) {
+    switch (current_lanes()) {
 #if defined(KERNELS_X86)
     case Isa::avx2: return avx2_tile_ops();
     case Isa::avx512: return avx512_tile_ops();

@@ -4,11 +4,11 @@
     packed = nm.pack(weight, 2, 8)
     y = nm.linear(x, packed, bias)
 
-Any n of any m up to 256, float32 and bfloat16 weights, any batch. On the CPU: C++ (AVX2, AVX-512, portable); on CUDA
-Triton, with packing in plain torch. In float64 and on other devices the plain-torch `reference.py`, the specification,
-runs. KERNELS_BACKEND=reference|cpu|triton forces one. The same call gives the same bits again, whatever the number of
-threads. `speedup` says where packed products pay on the CPU; where they do not, `linear` runs dense and says so. On
-CUDA it never does: `make gpu-check` measures there.
+Any n of any m up to 256, float32 and bfloat16 weights, any batch. On the CPU: C++ (AVX2, AVX-512, portable, and AMX for
+bfloat16 weights and inputs of many tokens); on CUDA Triton, with packing in plain torch. In float64 and on other
+devices the plain-torch `reference.py`, the specification, runs. KERNELS_BACKEND=reference|cpu|triton forces one. The
+same call gives the same bits again, whatever the number of threads. `speedup` says where packed products pay on the
+CPU; where they do not, `linear` runs dense and says so. On CUDA it never does: `make gpu-check` measures there.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def linear(
     """x W^T + bias of a packed weight W [O, K].
 
     x                 [..., K], float32, bfloat16 or float16; products and sums are as good as float32's (float64 with
-                      float64 values: for checks)
+                      float64 values: for checks). On CUDA, and with bfloat16 x and values on CPUs with AMX, products
+                      of many tokens meet all of x: a NaN or an infinity makes its whole token NaN, as dense ones do
     bias              [O]
     straight_through  the dense weight [O, K] that W was packed from, which then gets the whole gradient dy^T x, also
                       where W has zeros (Bengio et al. 2013); without it `packed.values` gets its own, at the kept
@@ -105,7 +106,7 @@ def linear(
     if dense and straight_through is None:
         y = torch.nn.functional.linear(x.to(compute), packed.to_dense().to(compute), bias)
     else:
-        if x.is_cuda and x.dtype == packed.dtype == torch.bfloat16:
-            compute = torch.bfloat16  # its products are exact and its sums float32 there: a wider x gains nothing
+        if x.dtype == packed.dtype == torch.bfloat16:
+            compute = torch.bfloat16  # products are exact and sums float32 all the same: a wider x gains nothing
         y = ops.linear(x.reshape(tokens, columns).to(compute), packed, bias, straight_through)
     return y.reshape(*x.shape[:-1], rows).to(x.dtype)

@@ -1,7 +1,7 @@
 """The packed products as torch ops: memory, gradients, shapes for tracing. `__init__.py` checks the arguments before.
 
 Ops take `values` [blocks, groups, n, 16], `places` (see `tensor.py`) and m; x and dy are [tokens, ...], float32, or
-bfloat16 on CUDA if the values are too, and the results are of their dtype.
+bfloat16 if the values are too, and the results are of their dtype; sums are float32 in any case.
 """
 
 from __future__ import annotations
@@ -47,15 +47,18 @@ def _linear_kernel(
 ) -> Tensor:
     backend = backend_for(x.device, x.dtype)
     given = None if bias is None else bias.detach().contiguous()
-    if backend == _dispatch.REFERENCE:
-        given = None if given is None else given.to(x.dtype)
-        return reference.linear(x, *to_groups(values, places, m, rows), m, given)
     if backend == _dispatch.TRITON:
         from kernels.nm import triton
 
         return triton.linear(x.contiguous(), values, places, m, rows, given)
+    narrow = x.dtype == torch.bfloat16
+    if narrow and (backend == _dispatch.REFERENCE or not native().nm_takes_bfloat16(values.shape[2], m, len(x))):
+        return _linear_kernel(x.float(), values, places, m, rows, bias, straight_through).to(x.dtype)
+    if backend == _dispatch.REFERENCE:
+        given = None if given is None else given.to(x.dtype)
+        return reference.linear(x, *to_groups(values, places, m, rows), m, given)
     y = x.new_empty(len(x), rows)
-    native().nm_linear(x.contiguous(), bits(values), places, m, given, y, torch.get_num_threads())
+    native().nm_linear(bits(x.contiguous()), bits(values), places, m, given, bits(y), torch.get_num_threads())
     return y
 
 
@@ -67,12 +70,14 @@ def _linear_fake(
 
 def _input_gradient_kernel(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
     backend = backend_for(dy.device, dy.dtype)
-    if backend == _dispatch.REFERENCE:
-        return dy @ _unpacked(values, places, m, dy.shape[1]).to(dy.dtype)
     if backend == _dispatch.TRITON:
         from kernels.nm import triton
 
         return triton.input_gradient(dy.contiguous(), values, places, m)
+    if dy.dtype == torch.bfloat16:
+        return _input_gradient_kernel(dy.float(), values, places, m).to(dy.dtype)
+    if backend == _dispatch.REFERENCE:
+        return dy @ _unpacked(values, places, m, dy.shape[1]).to(dy.dtype)
     dx = _input_gradient_fake(dy, values, places, m)
     native().nm_input_gradient(dy.contiguous(), bits(values), places, m, dx, torch.get_num_threads())
     return dx
@@ -92,6 +97,8 @@ def _weight_gradient_kernel(dy: Tensor, x: Tensor, values: Tensor, places: Tenso
         from kernels.nm import triton
 
         return triton.weight_gradient(dy.contiguous(), x.contiguous(), values, places, m)
+    if dy.dtype == torch.bfloat16:
+        dy, x = dy.float(), x.float()
     if backend == _dispatch.REFERENCE or values.shape[2] > SAMPLED_BELOW * m:
         _, index = to_groups(values, places, m, dy.shape[1])
         groups = (dy.mT @ x).unflatten(1, (-1, m)).gather(-1, index)  # [O, K/m, n]
@@ -124,6 +131,7 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dense = None
     if wants_dense:
         wide = torch.promote_types(dy.dtype, ctx.dense_dtype)
+        wide = wide if dy.is_cuda else torch.promote_types(wide, torch.float32)
         dense = (dy.mT.to(wide) @ x.to(wide)).to(ctx.dense_dtype)
     return dx, kept, None, None, None, bias, dense
 

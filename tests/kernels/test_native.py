@@ -29,7 +29,9 @@ COMPILED = _load.native().info()["isas_compiled"]
 def runnable(isa: str) -> bool:
     """What Linux says, not what our own code finds out."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    needed = {"avx2": ["avx2", "fma"], "avx512": ["avx512f", "avx512dq", "avx512bw", "avx512vl"]}.get(isa, [])
+    wide = ["avx512f", "avx512dq", "avx512bw", "avx512vl"]
+    tiles = [*wide, "avx512_bf16", "amx_tile", "amx_bf16"]
+    needed = {"avx2": ["avx2", "fma"], "avx512": wide, "amx": tiles}.get(isa, [])
     return all(re.search(rf"\b{flag}\b", flags) for flag in needed)
 
 
@@ -44,8 +46,8 @@ def test_info_tells_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     found = kernels.info()
     expected = "backend binary compiler isa isas_compiled openmp reason sanitized stamp threads"
     assert sorted(found) == expected.split()
-    assert {"portable", "emulated512"} <= set(found["isas_compiled"])
-    assert found["isa"] == [isa for isa in ("portable", "avx2", "avx512") if isa in ISAS][-1], "not the widest"
+    assert {"portable", "emulated512", "emulated_amx"} <= set(found["isas_compiled"])
+    assert found["isa"] == [isa for isa in ("portable", "avx2", "avx512", "amx") if isa in ISAS][-1], "not the widest"
     assert found["threads"] == torch.get_num_threads() and found["backend"] == "cpu"
     assert found["stamp"] == _load.source_stamp() and found["openmp"] >= 201511
     assert re.fullmatch(r"(GNU|Clang|AppleClang) [\d.]+", found["compiler"])
