@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../simd/isa.h"
+#include "../simd/lines.h"
 
 namespace kernels::nm {
 namespace {
@@ -43,27 +44,6 @@ const MatrixOps* matrix_ops() { // null where there are no tiles
 }
 
 int worth(int threads, int64_t work) { return work < kSmall ? 1 : threads; }
-
-// Entries at the start of a cache line: a vector that lies across two lines costs two reads.
-template <class T>
-class Lines {
-public:
-    void resize(int64_t size) { lines_.resize((size + kEntries - 1) / kEntries); }
-    void zero(int64_t size) {
-        resize(size);
-        std::fill(data(), data() + size, T{0});
-    }
-    T* data() { return lines_.data()->entries; }
-
-private:
-    static constexpr int64_t kEntries = 64 / sizeof(T);
-    struct alignas(64) Line {
-        T entries[kEntries];
-    };
-    std::vector<Line> lines_;
-};
-using Buffer = Lines<float>;
-using Halves = Lines<uint16_t>;
 
 struct Range {
     int64_t first, last;
@@ -115,8 +95,7 @@ void panel_of(const RowOps& ops, const float* x, int64_t stride, const Chunk& ch
 
 void few_forward(const RowOps& ops, const Packed& w, const float* x, int64_t tokens, const float* bias, float* y,
                  int threads) {
-    Buffer inputs;
-    inputs.zero(tokens * w.columns() + kSlack);
+    Buffer inputs(tokens * w.columns() + kSlack);
     std::copy(x, x + tokens * w.columns(), inputs.data());
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = 0; block < w.blocks(); ++block) {
@@ -146,7 +125,8 @@ void many_forward(const RowOps& ops, const Packed& w, const float* x, int64_t to
             const int64_t width = chunk.vectors * ops.lanes, count = (blocks.last - blocks.first) * kBlock;
             const int64_t groups = std::max<int64_t>(1, panel_floats(w) / width / w.m);
             panel.resize(groups * w.m * width);
-            sums.zero(count * width);
+            sums.resize(count * width);
+            sums.zero();
             for (int64_t first = 0; first < w.groups; first += groups) {
                 const int64_t last = std::min(w.groups, first + groups);
                 panel_of(ops, x, w.columns(), chunk, {first * w.m, last * w.m}, panel.data());
@@ -168,15 +148,16 @@ constexpr int64_t kPanelColumns = 512;     // 32 rows of so many are 32 KiB
 constexpr int64_t kChunk = 1024;           // tokens: their sums with 32 rows are 128 KiB
 
 // [ceil(tokens / 16)][steps][16][32] of x [tokens][columns], with zeros behind its ends; an even number of sixteens.
-void tiles_of(const uint16_t* x, int64_t tokens, int64_t columns, int64_t steps, int threads, Halves& tiles) {
+Halves tiles_of(const uint16_t* x, int64_t tokens, int64_t columns, int64_t steps, int threads) {
     const int64_t sides = (tokens + kSide - 1) / kSide;
-    tiles.zero(sides * 2 * steps * kTile);
+    Halves tiles(sides * 2 * steps * kTile);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t token = 0; token < tokens; ++token) {
         uint16_t* to = tiles.data() + token / kBlock * steps * kTile + token % kBlock * kSide;
         for (int64_t column = 0; column < columns; column += kSide, to += kTile)
             std::copy_n(x + token * columns + column, std::min(kSide, columns - column), to);
     }
+    return tiles;
 }
 
 // A thread's right to use tiles.
@@ -197,7 +178,8 @@ void half_task(const MatrixOps& ops, const Packed& w, int64_t block, const uint1
     const int64_t groups = std::max<int64_t>(1, kPanelColumns / w.m / unit) * unit;
     const int64_t stride = groups * w.m * kBlock, sides = (tokens + kSide - 1) / kSide;
     const int64_t rows = std::min(kSide, w.rows - block * kBlock);
-    panel.zero(2 * stride); // there may be no second block
+    panel.resize(2 * stride);
+    panel.zero(); // there may be no second block
     sums.resize(sides * kSide * kSide);
     for (int64_t first = 0; first < w.groups; first += groups) {
         const int64_t last = std::min(w.groups, first + groups);
@@ -348,8 +330,7 @@ void forward(const Packed& w, const uint16_t* x, int64_t tokens, const float* bi
     threads = worth(threads, tokens * w.rows * w.slots());
     const int64_t steps = (w.columns() + kSide - 1) / kSide, pairs = (w.blocks() + 1) / 2;
     const int64_t tasks = pairs * ((tokens + kChunk - 1) / kChunk);
-    Halves inputs;
-    tiles_of(x, tokens, w.columns(), steps, threads, inputs);
+    Halves inputs = tiles_of(x, tokens, w.columns(), steps, threads);
 #pragma omp parallel num_threads(threads)
     {
         const TileUse use(ops);
@@ -381,7 +362,8 @@ void input_gradient(const Packed& w, const float* dy, int64_t tokens, float* dx,
             const Range columns = part_of(w.columns(), parts, task % parts);
             const int64_t width = chunk.vectors * ops.lanes, count = columns.last - columns.first;
             panel.resize(panel_blocks * kBlock * width);
-            sums.zero(count * width);
+            sums.resize(count * width);
+            sums.zero();
             for (int64_t p = 0; p < lists.panels; ++p) {
                 const int64_t first = p * panel_blocks * kBlock, last = std::min(w.rows, first + panel_blocks * kBlock);
                 panel_of(ops, dy, w.rows, chunk, {first, last}, panel.data());
@@ -413,7 +395,8 @@ void weight_gradient(const Packed& w, const float* dy, const float* x, int64_t t
 #pragma omp for schedule(static)
             for (int64_t block = 0; block < w.blocks(); ++block) {
                 const Range rows{block * kBlock, std::min(w.rows, (block + 1) * kBlock)};
-                slopes.zero(kBlock * width);
+                slopes.resize(kBlock * width);
+                slopes.zero();
                 panel_of(ops, dy, w.rows, chunk, rows, slopes.data());
                 for (int64_t first = 0; first < w.groups; first += groups)
                     ops.sampled(w, block, first, std::min(w.groups, first + groups), slopes.data(),
