@@ -146,6 +146,7 @@ void many_forward(const RowOps& ops, const Packed& w, const float* x, int64_t to
 constexpr int64_t kTile = kBlock * kSide; // entries of a tile
 constexpr int64_t kPanelColumns = 512;     // 32 rows of so many are 32 KiB
 constexpr int64_t kChunk = 1024;           // tokens: their sums with 32 rows are 128 KiB
+constexpr int kMostSlots = 16;             // of a group
 
 // [ceil(tokens / 16)][steps][16][32] of x [tokens][columns], with zeros behind its ends; an even number of sixteens.
 Halves tiles_of(const uint16_t* x, int64_t tokens, int64_t columns, int64_t steps, int threads) {
@@ -323,7 +324,7 @@ void forward(const Packed& w, const float* x, int64_t tokens, const float* bias,
 
 // Tiles multiply 512 pairs a cycle at best, float32 vectors 32 and only what is kept: below 1 in 16 the tiles lose, and
 // half of that margin goes into loads. Many slots in a group take longer to spread out than the products of few tokens.
-bool takes_half(int n, int m, int64_t tokens) { return matrix_ops() && tokens >= kBlock && 8 * n >= m && n <= kNibbles; }
+bool takes_half(int n, int m, int64_t tokens) { return matrix_ops() && tokens >= kBlock && 8 * n >= m && n <= kMostSlots; }
 
 void forward(const Packed& w, const uint16_t* x, int64_t tokens, const float* bias, uint16_t* y, int threads) {
     const MatrixOps& ops = *matrix_ops();
