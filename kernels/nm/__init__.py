@@ -6,12 +6,12 @@
 
     packed = nm.pack(weight, 2, 8, vector=64)   # 64 rows share their places: for many tokens on a GPU
 
-Any n of any m up to 256, float32 and bfloat16 weights, any batch. On the CPU: C++ (AVX2, AVX-512, portable); on CUDA
-Triton, with packing in plain torch. In float64 and on other devices the plain-torch `reference.py`, the specification,
-runs. KERNELS_BACKEND=reference|cpu|triton forces one. The same call gives the same bits again, whatever the number of
-threads; with vectors on the CPU, where torch's BLAS multiplies, at a fixed number. `speedup` says where packed products
-pay on the CPU; where they do not, `linear` runs dense and says so. On CUDA it never does: `make gpu-check` measures
-there.
+Any n of any m up to 256, float32 and bfloat16 weights, any batch. On the CPU: C++ (AVX2, AVX-512, portable, and AMX for
+bfloat16 weights and inputs of many tokens); on CUDA Triton, with packing in plain torch. In float64 and on other
+devices the plain-torch `reference.py`, the specification, runs. KERNELS_BACKEND=reference|cpu|triton forces one. The
+same call gives the same bits again, whatever the number of threads; with vectors on the CPU, where torch's BLAS
+multiplies, at a fixed number. `speedup` says where packed products pay on the CPU; where they do not, `linear` runs
+dense and says so. On CUDA it never does: `make gpu-check` measures there.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def linear(
     """x W^T + bias of a packed weight W [O, K].
 
     x                 [..., K], float32, bfloat16 or float16; products and sums are as good as float32's (float64 with
-                      float64 values: for checks)
+                      float64 values: for checks). On CUDA, and with bfloat16 x and values on CPUs with AMX, products
+                      of many tokens meet all of x: a NaN or an infinity makes its whole token NaN, as dense ones do
     bias              [O]
     straight_through  the dense weight [O, K] that W was packed from, which then gets the whole gradient dy^T x, also
                       where W has zeros (Bengio et al. 2013); without it `packed.values` gets its own, at the kept
@@ -114,7 +115,7 @@ def linear(
     tokens = x.shape[:-1].numel()
     compute = torch.float64 if packed.dtype == torch.float64 else torch.float32
     bias = None if bias is None else bias.to(compute)
-    if x.is_cuda and x.dtype == packed.dtype == torch.bfloat16:
-        compute = torch.bfloat16  # its products are exact and its sums float32 there: a wider x gains nothing
+    if x.dtype == packed.dtype == torch.bfloat16:
+        compute = torch.bfloat16  # products are exact and sums float32 all the same: a wider x gains nothing
     y = ops.linear(x.reshape(tokens, columns).to(compute), packed, bias, straight_through, dense)
     return y.reshape(*x.shape[:-1], rows).to(x.dtype)

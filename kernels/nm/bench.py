@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import nm
+from kernels._load import native
 from kernels.bench import CORES, Case, Contender, other_isas, with_isa
 from kernels.nm import ops, reference
 
@@ -75,6 +76,9 @@ def _product(size: int, tokens: int, n: int, m: int, threads: int) -> Case:
             contenders += [
                 Contender(f"{name} {isa}", partial(with_isa, isa, run), _same, ours=True) for isa in other_isas()
             ]
+        if packed.dtype == torch.bfloat16 and native().nm_takes_bfloat16(n, m, tokens):
+            run = partial(nm.linear, narrow[1], packed, dense=False)
+            contenders.append(Contender(f"{name} in tiles", run, _same, threads, note="bfloat16 x too", ours=True))
     sparse = weight.to_sparse_csr()
     contenders.append(Contender("torch CSR", lambda: (sparse @ x.mT).mT, _same, threads))
     return Case(

@@ -1,7 +1,7 @@
 """The packed products as torch ops: memory, gradients, shapes for tracing. `__init__.py` checks the arguments before.
 
-Ops take `values`, `places`, m and vector as `NMTensor` has them; x and dy are [tokens, ...], float32, or bfloat16 on
-CUDA if the values are too, and the results are of their dtype.
+Ops take `values`, `places`, m and vector as `NMTensor` has them; x and dy are [tokens, ...], float32, or bfloat16 if
+the values are too, and the results are of their dtype; sums are float32 in any case.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ def _linear_kernel(
     weight = NMTensor(values.detach(), places, (rows, values.shape[1] * m), values.shape[2], m, vector)
     if dense is None:  # here and not before, so that a compiler neither reads the table nor takes it for fixed
         dense = backend == _dispatch.CPU and crossover.dense_is_faster(weight, len(x))
+    narrow = x.dtype == torch.bfloat16 and not x.is_cuda
+    if narrow and (dense or vector > 1 or backend != _dispatch.CPU or not _in_tiles(weight, len(x))):
+        wide = _linear_kernel(x.float(), values, places, m, vector, rows, bias, straight_through, dense)
+        return wide.to(x.dtype)
     if dense:
         return torch.nn.functional.linear(
             x, weight.to_dense().to(x.dtype), None if given is None else given.to(x.dtype)
@@ -78,8 +82,13 @@ def _linear_kernel(
     if vector > 1:
         return vectors.linear(x, values, places, m, vector, given)
     y = x.new_empty(len(x), rows)
-    native().nm_linear(x.contiguous(), bits(values), places, m, given, y, torch.get_num_threads())
+    native().nm_linear(bits(x.contiguous()), bits(values), places, m, given, bits(y), torch.get_num_threads())
     return y
+
+
+def _in_tiles(weight: NMTensor, tokens: int) -> bool:
+    """Whether this processor multiplies bfloat16 by bfloat16, and this pattern is worth it."""
+    return native().nm_takes_bfloat16(weight.n, weight.m, tokens)
 
 
 def _linear_fake(
@@ -98,6 +107,8 @@ def _linear_fake(
 
 def _input_gradient_kernel(dy: Tensor, values: Tensor, places: Tensor, m: int, vector: int) -> Tensor:
     backend = backend_for(dy.device, dy.dtype)
+    if dy.dtype == torch.bfloat16 and not dy.is_cuda:
+        return _input_gradient_kernel(dy.float(), values, places, m, vector).to(dy.dtype)
     if backend == _dispatch.REFERENCE or (backend == _dispatch.TRITON and vector > 1):
         # on a GPU: vectors overlap in the columns, so that compressed products would have to be added up out of order
         return dy @ _unpacked(values, places, m, vector, dy.shape[1]).to(dy.dtype)
@@ -126,6 +137,8 @@ def _weight_gradient_kernel(dy: Tensor, x: Tensor, values: Tensor, places: Tenso
         from kernels.nm import triton
 
         return triton.weight_gradient(dy.contiguous(), x.contiguous(), values, places, m)
+    if dy.dtype == torch.bfloat16 and not dy.is_cuda:
+        dy, x = dy.float(), x.float()
     if backend == _dispatch.CPU and vector > 1:
         out = vectors.weight_gradient(dy, x, values, places, m, vector)
     elif vector > 1 or backend == _dispatch.REFERENCE or values.shape[2] > SAMPLED_BELOW * m:
@@ -160,6 +173,7 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dense = None
     if wants_dense:
         wide = torch.promote_types(dy.dtype, ctx.dense_dtype)
+        wide = wide if dy.is_cuda else torch.promote_types(wide, torch.float32)
         dense = (dy.mT.to(wide) @ x.to(wide)).to(ctx.dense_dtype)
     return dx, kept, None, None, None, None, bias, dense, None
 

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import info, nm
-from kernels.bench import other_isas
+from kernels._load import native
+from kernels.bench import other_isas, with_isa
 from kernels.nm import crossover, reference
 from kernels.nm.tensor import from_groups, to_groups
 
 ISAS = [info()["isa"], *other_isas(), "emulated512"]
+TILED = [isa for isa in ISAS if isa == "amx"] + ["emulated_amx"]
 PATTERNS = (
     (2, 4),
     (1, 4),
@@ -247,6 +249,112 @@ def test_nan_and_infinity_pass_through(isa: str) -> None:
         assert not y[0].isnan().any()
     weight[2, 0] = math.nan
     assert nm.linear(torch.ones(1, 32), nm.pack(weight, 2, 8))[0].isnan().nonzero().flatten().tolist() == [2]
+
+
+# --- bfloat16 in tiles
+
+
+@pytest.fixture(params=TILED)
+def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("KERNELS_ISA", request.param)
+    return request.param
+
+
+def halves(rows: int, groups: int, n: int, m: int, tokens: int) -> tuple[nm.NMTensor, Tensor, Tensor, Tensor]:
+    """packed and x in bfloat16, bias in float32, and x W^T + bias in float64."""
+    weight, bias, x, _ = made(rows, groups, n, m, tokens)
+    packed, x = nm.pack(weight.bfloat16(), n, m), x.bfloat16()
+    return packed, x, bias, x.double() @ packed.to_dense().double().T + bias.double()
+
+
+def close_half(found: Tensor, exact: Tensor, terms: int) -> None:
+    """Within one rounding to the 8 bits of bfloat16 and what float32 sums can differ by."""
+    assert found.dtype == torch.bfloat16 and found.shape == exact.shape
+    slack = 4e-7 * terms + 1e-6 * math.sqrt(terms)
+    assert bool(((found.double() - exact).abs() <= (exact.abs() + slack) * 2**-8 + slack).all())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}:{p[1]}")
+def test_products_in_tiles_are_those_of_the_dense_weight(tiled: str, pattern: tuple[int, int]) -> None:
+    n, m = pattern
+    for rows, groups, tokens in ((1, 1, 16), (16, 3, 17), (33, 7, 33), (50, 5, 70)):
+        packed, x, bias, exact = halves(rows, groups, n, m, tokens)
+        close_half(nm.linear(x, packed, bias), exact, groups * n)
+        close_half(nm.linear(x, packed), exact - bias.double(), groups * n)
+    assert native().nm_takes_bfloat16(n, m, 16) == (8 * n >= m)
+    assert not native().nm_takes_bfloat16(n, m, 15)
+
+
+def test_more_columns_and_tokens_than_a_task_holds_in_tiles(tiled: str) -> None:
+    for n, m, groups, tokens in ((2, 4, 300, 20), (3, 7, 160, 40), (4, 24, 60, 16), (1, 2, 20, 1100)):
+        packed, x, bias, exact = halves(40, groups, n, m, tokens)
+        close_half(nm.linear(x, packed, bias), exact, groups * n)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 70), groups=st.integers(1, 9), m=st.integers(1, 40), tokens=st.integers(1, 70), data=st.data()
+)
+def test_any_shape_in_tiles(rows: int, groups: int, m: int, tokens: int, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, m))
+    packed, x, bias, exact = halves(rows, groups, n, m, tokens)
+    close_half(with_isa("emulated_amx", lambda: nm.linear(x, packed, bias)), exact, groups * n)
+
+
+def test_bits_of_tiles_do_not_depend_on_threads(tiled: str) -> None:
+    for rows, tokens in ((70, 33), (20, 1100)):
+        packed, x, bias, _ = halves(rows, 20, 2, 4, tokens)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(nm.linear(x, packed, bias))
+        assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_tiles_add_as_the_manual_says(tiled: str) -> None:
+    # 16 rows of a weight that keeps all of 32 columns, most of them zero
+    def product(weight: dict[int, float], x: dict[int, float], bias: float = 0.0) -> float:
+        w, tokens = torch.zeros(16, 32), torch.zeros(16, 32)
+        for column in weight:
+            w[:, column], tokens[:, column] = weight[column], x[column]
+        packed = nm.pack(w.bfloat16(), 1, 1)
+        found = nm.linear(tokens.bfloat16(), packed, torch.full((16,), bias)).float()
+        assert (found == found[0, 0]).all()
+        return found[0, 0].item()
+
+    one = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
+    assert product({0: 2.0**24, 2: 1.0, 4: -(2.0**24)}, one | {4: 1.0}) == 0  # even columns in their order
+    assert product({0: 2.0**24, 1: 1.0, 2: -(2.0**24)}, one) == 1  # odd ones by themselves
+    assert product({0: 2.0**24, 1: 3.0, 2: 1.0, 3: 2.0**24}, one, -(2.0**25)) == 4  # 2^24 + (2^24 + 3, rounded to 4)
+    assert product({0: 1 + 2**-7}, {0: 1 + 2**-7}, -1 - 2**-6) == 2**-14  # the product itself is exact
+    assert product({0: 2.0**-130}, {0: 2.0**100}) == 0  # smaller than a normal number: counts as zero
+    assert product({0: 2.0**-64}, {0: 2.0**-64}) == 0
+
+
+def test_a_nan_spoils_its_token_in_tiles(tiled: str) -> None:
+    packed, x, _, _ = halves(20, 4, 2, 8, 40)
+    x[1, 5], x[3, 31] = math.nan, math.inf
+    y = nm.linear(x, packed)
+    assert y[[1, 3]].isnan().any(dim=1).all() and y[1].isnan().all()
+    assert y[[i for i in range(40) if i not in (1, 3)]].isfinite().all()
+
+
+def test_gradients_of_bfloat16_are_those_of_float32(tiled: str) -> None:
+    packed, x, bias, _ = halves(40, 6, 2, 4, 33)
+    dy = torch.randn(33, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    dense = packed.to_dense()
+    for wide in (torch.float32, torch.bfloat16):
+        x, values = x.to(wide).detach().requires_grad_(), packed.values.detach().clone().requires_grad_()
+        through, offset = dense.clone().requires_grad_(), bias.clone().requires_grad_()
+        found = nm.NMTensor(values, packed.places, packed.shape, 2, 4)
+        nm.linear(x, found, offset).backward(dy.to(wide))
+        nm.linear(x.detach(), found, straight_through=through).backward(dy.to(wide))
+        assert x.grad is not None and x.grad.dtype == wide
+        grads = x.grad.bfloat16(), values.grad, offset.grad, through.grad
+        if wide == torch.float32:
+            expected = grads
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
