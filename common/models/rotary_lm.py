@@ -28,8 +28,8 @@ class RotaryLM(nn.Module):
             some hundred steps.
 
     Attention goes through torch's scaled_dot_product_attention, where `common.attention.language_attention` reaches it.
-    For the names of its weight matrices see `transformer.py`; the map is `near`, the head `head`. Matrices start at N(0, 1/inputs),
-    those that end a shortcut divided by sqrt(2 depth); embeddings at N(0, 1); biases at 0.
+    For the names of its weight matrices see `transformer.py`; the map is `near`, the head `head`. Matrices start at
+    N(0, 1/inputs), those that end a shortcut divided by sqrt(2 depth); embeddings at N(0, 1); biases at 0.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class RotaryLM(nn.Module):
             raise ValueError(f"RotaryLM: got tokens of shape {list(tokens.shape)}; expected [B, L].")
         x = self.token(tokens)  # [B, L, width]
         if self.near is not None:
-            before = [F.pad(x, (0, 0, back, -back)) for back in range(1, self.near.in_features // x.shape[-1] + 1)]
+            backs = range(1, self.near.in_features // x.shape[-1] + 1)
+            before = [F.pad(x, (0, 0, back, 0))[:, : x.shape[1]] for back in backs]  # zeros before the first
             x = x + self.near(torch.cat(before, dim=-1))
         for block in self.blocks:
             x = block(x)
