@@ -43,8 +43,8 @@ class Compat:
                        with an error where this one keeps all
     two_late           steps are counted from 0 and the pattern is found in number int(T skip) + 1, so that two more
                        are dense
-    prompt_against_all the prompt's blocks are those among the best of *all* blocks, prompt and generation, so they are
-                       fewer than the share rho of the prompt wherever generation ranks high
+    prompt_against_all the prompt's blocks are those among the best share rho of *all* blocks: more than rho of the
+                       prompt where generated blocks rank low, as they do early on, and fewer where they rank high
     own_softmax        the weights of generated keys are those of a softmax over generated keys alone
     """
 
@@ -125,15 +125,16 @@ class SparseD(Policy):
         options = {"block_size": self.block_size, "key_mask": site.key_mask}
         with meter.phase("search"):
             found = attention.search(query, key, value, scale=site.scale, **options)
-            scores, scale = found.scores, site.scale
+            weights, scale = found.scores, site.scale
             if self.compat.head_scale:
                 scale = query.shape[1] ** -0.5
-                scores = attention.search(query, key, value, scale=scale, **options).scores
+                weights = attention.search(query, key, value, scale=scale, **options).scores
+            scores = weights
             if self.compat.own_softmax and self.prompt_blocks < scores.shape[-1]:
                 own = generated_weights(query, key, value, self.prompt_blocks, scale=scale, **options)
                 scores = torch.cat([scores[..., : self.prompt_blocks], own], -1)
         with meter.phase("selection"):
-            pattern = self.select(scores, found.scores)
+            pattern = self.select(scores, weights)
             self.patterns[site.layer, site.cfg] = pattern
         meter.recall(attention.recall(found.scores, pattern))
         return found.out.to(query.dtype)

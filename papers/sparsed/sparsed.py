@@ -153,7 +153,7 @@ way = experiment.policy(params, "sparsed", steps=params.steps, prompt=params.len
 shown = [(layer, head) for layer in range(first.shape[1]) for head in range(first.shape[2])][:12]
 columns = min(4, len(shown))
 rows = -(-len(shown) // columns)
-fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.7 * rows), squeeze=False)
+fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 3.1 * rows), squeeze=False)
 for ax in axes.flat[len(shown) :]:
     ax.axis("off")
 for ax, (layer, head) in zip(axes.flat, shown, strict=False):
@@ -222,8 +222,9 @@ print(f"selected together, generated blocks get {value:.2f} times an even share"
 # Five things, each a switch of `method.Compat`. LLaDA's search divides its logits by $\sqrt{32}$, the root of the
 # number of heads, and its attention by $\sqrt{128}$: the pattern is found with weights that are too sharp. It keeps
 # $\lfloor\rho n\rfloor+1$ blocks (with $\rho=1$ one more than there are, which is an error). It is dense for two steps
-# longer. The prompt's blocks are those among the best of *all* blocks, so they are not isolated. And generated keys are
-# ranked by a softmax of their own. What each changes in the text model's patterns, where all is still masked:
+# longer. The prompt's blocks are those among the best of *all* blocks, so they are not isolated: early on they get more
+# than their share. And generated keys are ranked by a softmax of their own. What each changes in the text model's
+# patterns, where all is still masked:
 
 # %%
 for seed in params.seeds:
