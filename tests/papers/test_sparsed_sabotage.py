@@ -53,7 +53,7 @@ def patched(target: object, name: str, value: object, run: Callable[[], dict]) -
         return run()
 
 
-# ------------------------------------------------------------------------------------------------------- run as they are
+# ------------------------------------------------------------------------------------------------------ run as they are
 
 
 class Half(SparseD):
@@ -89,8 +89,8 @@ def found_by(compat: Compat) -> dict:
     )
 
 
-def _loop(loop: Callable, compat: Compat, *args, **options):
-    return loop(*args, **(options | {"compat": compat}))
+def _loop(loop: Callable, switches: Compat, *args, **options):
+    return loop(*args, **(options | {"compat": switches}))
 
 
 def multiplied(compat: Compat) -> dict:
@@ -237,6 +237,12 @@ def worst(when: Callable[[SparseD], bool] = lambda way: True) -> Callable:
     return select
 
 
+@cache
+def honest(run: Callable[[], dict]) -> dict:
+    """Computed once, however many claims are judged by it."""
+    return run()
+
+
 def misled(run: Callable[[], dict], when: Callable[[SparseD], bool] = lambda way: True) -> dict:
     return patched(SparseD, "select", worst(when), run)
 
@@ -279,6 +285,7 @@ def published(arm: str, value: float) -> dict:
 
 def both(name: str, pair: Pair) -> dict[str, Pair]:
     """A claim at full scale and its stand-in."""
+    pair = cache(pair)
     return {name: pair, f"{name}-small": pair}
 
 
@@ -291,13 +298,18 @@ def half_at_least(size: int, keep_ratio: float, *, one_more: bool = False) -> in
     return max(1, size // 2)
 
 
+def _nothing(**_: bool) -> Compat:
+    return Compat()
+
+
 ASKED = partial(answered, ("dense", None), ("sparsed", None), ("sparsed", 0.5))
 AGAINST = partial(answered, ("sparsed", None), ("window", None), ("streaming", None))
 PARTS = partial(answered, ("sparsed", None), ("no_skip", None), ("no_reuse", None), ("no_isolation", None))
 RATIOS = partial(answered, ("sparsed", 0.5), ("sparsed", 0.2), ("sparsed", 0.05))
 READ = partial(read, "dense", "sparsed")
 RESTLESS = partial(Echo, restless=True)
-NOTHING = lambda **_: Compat()  # noqa: E731
+STILL, MOVED = partial(looked, Echo), partial(looked, RESTLESS)
+TABLE = {name: (partial(table, name), partial(table, name, _nothing)) for name in ("compat_density", "compat_changed")}
 
 SABOTAGE: dict[str, Pair] = {
     # exact
@@ -316,26 +328,29 @@ SABOTAGE: dict[str, Pair] = {
         plain("extra_steps", evaluation.extra_steps(128, 0.2)),
         plain("extra_steps", evaluation.extra_steps(128, 0.2, Compat())),
     ),
-    "released-keeps-more-than-rho": lambda: (table("compat_density"), table("compat_density", NOTHING)),
-    "released-scale-changes-the-pattern": lambda: (table("compat_changed"), table("compat_changed", NOTHING)),
-    "own-softmax-changes-the-pattern": lambda: (table("compat_changed"), table("compat_changed", NOTHING)),
+    "released-keeps-more-than-rho": lambda: (honest(TABLE["compat_density"][0]), honest(TABLE["compat_density"][1])),
+    "released-scale-changes-the-pattern": lambda: (
+        honest(TABLE["compat_changed"][0]),
+        honest(TABLE["compat_changed"][1]),
+    ),
+    "own-softmax-changes-the-pattern": lambda: (honest(TABLE["compat_changed"][0]), honest(TABLE["compat_changed"][1])),
     "released-prompt-gets-more": lambda: (prompts_share(Compat(prompt_against_all=True)), prompts_share(Compat())),
     "generated-blocks-would-starve": lambda: (starving(isolated=False), starving(isolated=True)),
     # models by hand
-    **both("lossless", lambda: (ASKED(), misled(ASKED))),
-    "lossless-at-half": lambda: (ASKED(), misled(ASKED)),
-    **both("beats-streaming", lambda: (AGAINST(), misled(AGAINST))),
-    **both("beats-window", lambda: (AGAINST(), misled(AGAINST))),
-    **both("skip-helps", lambda: (PARTS(), misled(PARTS))),
-    **both("reuse-is-free", lambda: (PARTS(), misled(PARTS, lambda way: not way.reuse))),
-    **both("isolation-helps", lambda: (PARTS(), misled(PARTS, lambda way: not way.isolated))),
-    **both("saturates", lambda: (RATIOS(), misled(RATIOS, lambda way: way.keep_ratio < 0.3))),
-    **both("collapses", lambda: (RATIOS(), patched(method, "blocks_kept", half_at_least, RATIOS))),
-    **both("patterns-stay", lambda: (looked(Echo), looked(RESTLESS))),
-    **both("rare-heads-change", lambda: (looked(Echo), looked(RESTLESS))),
-    "reuse-keeps-the-weight": lambda: (looked(Echo), looked(RESTLESS)),
+    **both("lossless", lambda: (honest(ASKED), misled(ASKED))),
+    "lossless-at-half": lambda: (honest(ASKED), misled(ASKED)),
+    **both("beats-streaming", lambda: (honest(AGAINST), misled(AGAINST))),
+    **both("beats-window", lambda: (honest(AGAINST), misled(AGAINST))),
+    **both("skip-helps", lambda: (honest(PARTS), misled(PARTS))),
+    **both("reuse-is-free", lambda: (honest(PARTS), misled(PARTS, lambda way: not way.reuse))),
+    **both("isolation-helps", lambda: (honest(PARTS), misled(PARTS, lambda way: not way.isolated))),
+    **both("saturates", lambda: (honest(RATIOS), misled(RATIOS, lambda way: way.keep_ratio < 0.3))),
+    **both("collapses", lambda: (honest(RATIOS), patched(method, "blocks_kept", half_at_least, RATIOS))),
+    **both("patterns-stay", lambda: (honest(STILL), honest(MOVED))),
+    **both("rare-heads-change", lambda: (honest(STILL), honest(MOVED))),
+    "reuse-keeps-the-weight": lambda: (honest(STILL), honest(MOVED)),
     **both("early-steps-are-fragile", lambda: (rising(backwards=False), rising(backwards=True))),
-    "text-loses-little": lambda: (READ(), misled(READ)),
+    "text-loses-little": lambda: (honest(READ), misled(READ)),
     "text-beats-streaming": lambda: (
         read("streaming", "sparsed"),
         read("streaming", "sparsed", network=partial(Echo, 0)),
