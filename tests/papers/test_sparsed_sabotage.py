@@ -298,6 +298,10 @@ def half_at_least(size: int, keep_ratio: float, *, one_more: bool = False) -> in
     return max(1, size // 2)
 
 
+def _all(blocks: int, **_: float) -> Tensor:
+    return torch.ones(blocks, blocks, dtype=torch.bool)
+
+
 def _nothing(**_: bool) -> Compat:
     return Compat()
 
@@ -308,6 +312,7 @@ PARTS = partial(answered, ("sparsed", None), ("no_skip", None), ("no_reuse", Non
 RATIOS = partial(answered, ("sparsed", 0.5), ("sparsed", 0.2), ("sparsed", 0.05))
 READ = partial(read, "dense", "sparsed")
 RESTLESS = partial(Echo, restless=True)
+STREAMED = partial(read, "streaming", "sparsed")
 STILL, MOVED = partial(looked, Echo), partial(looked, RESTLESS)
 TABLE = {name: (partial(table, name), partial(table, name, _nothing)) for name in ("compat_density", "compat_changed")}
 
@@ -352,8 +357,8 @@ SABOTAGE: dict[str, Pair] = {
     **both("early-steps-are-fragile", lambda: (rising(backwards=False), rising(backwards=True))),
     "text-loses-little": lambda: (honest(READ), misled(READ)),
     "text-beats-streaming": lambda: (
-        read("streaming", "sparsed"),
-        read("streaming", "sparsed", network=partial(Echo, 0)),
+        honest(STREAMED),
+        patched(experiment, "sink_and_window", _all, partial(misled, STREAMED)),
     ),
     "text-isolation-helps": lambda: (
         misled(partial(read, "no_isolation", "sparsed"), lambda way: not way.isolated),
