@@ -44,7 +44,7 @@ class Compat:
     two_late           steps are counted from 0 and the pattern is found in number int(T skip) + 1, so that two more
                        are dense
     prompt_against_all the prompt's blocks are those among the best share rho of *all* blocks: more than rho of the
-                       prompt where generated blocks rank low, as they do early on, and fewer where they rank high
+                       prompt where generated blocks rank low, and fewer where they rank high
     own_softmax        the weights of generated keys are those of a softmax over generated keys alone
     """
 

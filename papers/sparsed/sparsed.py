@@ -222,9 +222,9 @@ print(f"selected together, generated blocks get {value:.2f} times an even share"
 # Five things, each a switch of `method.Compat`. LLaDA's search divides its logits by $\sqrt{32}$, the root of the
 # number of heads, and its attention by $\sqrt{128}$: the pattern is found with weights that are too sharp. It keeps
 # $\lfloor\rho n\rfloor+1$ blocks (with $\rho=1$ one more than there are, which is an error). It is dense for two steps
-# longer. The prompt's blocks are those among the best of *all* blocks, so they are not isolated: early on they get more
-# than their share. And generated keys are ranked by a softmax of their own. What each changes in the text model's
-# patterns, where all is still masked:
+# longer. The prompt's blocks are those among the best of *all* blocks, so they are not isolated: the prompt gets more
+# than its share where generated blocks rank low, and less where they rank high. And generated keys are ranked by a
+# softmax of their own. What each changes in the text model's patterns, where all is still masked:
 
 # %%
 for seed in params.seeds:
