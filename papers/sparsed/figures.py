@@ -48,8 +48,7 @@ def arms_by_seed(ax: Axes, found: Mapping[str, Sequence[float]], unit: str) -> A
         ax.plot(values, [place] * len(values), "o", color=color, alpha=0.7)
         ax.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=color)
     ax.set_yticks(range(len(found)), [label(arm) for arm in found])
-    ax.invert_yaxis()
-    ax.set(xlabel=unit)
+    ax.set(xlabel=unit, ylim=(len(found) - 0.5, -0.5))  # axes may share it, and inverting twice would be once too often
     return ax
 
 

@@ -153,7 +153,7 @@ way = experiment.policy(params, "sparsed", steps=params.steps, prompt=params.len
 shown = [(layer, head) for layer in range(first.shape[1]) for head in range(first.shape[2])][:12]
 columns = min(4, len(shown))
 rows = -(-len(shown) // columns)
-fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 3.1 * rows), squeeze=False)
+fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.8 * rows + 0.3), squeeze=False)
 for ax in axes.flat[len(shown) :]:
     ax.axis("off")
 for ax, (layer, head) in zip(axes.flat, shown, strict=False):
