@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from papers.sparsed.method import blocks_kept
 if TYPE_CHECKING:
     from common.attention.meter import Meter
 
-__all__ = ["Fixed", "sink_and_window", "streaming", "window"]
+__all__ = ["Fixed", "sink_and_window", "window"]
 
 
 class Fixed(Policy):
@@ -45,15 +44,12 @@ def window(blocks: int, keep_ratio: float) -> Tensor:
 
 
 def sink_and_window(blocks: int, keep_ratio: float, sink: float = 0.1) -> Tensor:
-    """As `window`, with the first `sink` of all blocks among what is kept (StreamingLLM's attention sink)."""
+    """As `window`, with the first `sink` of all blocks among what is kept (StreamingLLM's attention sink).
+
+    A block for the window always stays: without its own surroundings a token sees nothing of its sentence.
+    """
     kept = blocks_kept(blocks, keep_ratio)
-    return _around(blocks, min(kept, blocks_kept(blocks, sink)), kept)
-
-
-def streaming(kind: str, keep_ratio: float, block_size: int) -> Fixed:
-    """The policy of `window` or `streaming`."""
-    kinds = {"window": window, "streaming": sink_and_window}
-    return Fixed(partial(kinds[kind], keep_ratio=keep_ratio), block_size)
+    return _around(blocks, min(kept - 1, blocks_kept(blocks, sink)), kept)
 
 
 def _around(blocks: int, first: int, kept: int) -> Tensor:

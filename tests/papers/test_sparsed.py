@@ -172,6 +172,7 @@ def test_window_and_sink_by_hand():
     sunk = sink_and_window(6, 0.5, 0.2)
     assert (sunk.sum(1) == 3).all() and sunk[:, 0].all()
     assert sunk[5].tolist() == [True, False, False, False, True, True]
+    assert torch.equal(sink_and_window(6, 0.1, 0.5), torch.eye(6, dtype=torch.bool))  # its own block comes first
 
 
 def test_a_fixed_pattern_is_sparse_from_the_first_step():
