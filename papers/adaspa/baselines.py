@@ -164,7 +164,8 @@ class SparseVideoGen(_Sparse):
         video = query.shape[2] - len(site.text)
         rows = torch.randperm(video, generator=draw)[:PROBES]
         weights = _rows(query[:, :, rows], key, site)
-        exact, block, back = weights @ value, self.block_size, order.argsort()
+        value, block, back = value.float(), self.block_size, order.argsort()
+        exact = weights @ value
         errors = []
         for mask, places in ((spatial, torch.arange(query.shape[2])), (temporal, back)):
             at = places // block  # the tile in which a token lies

@@ -25,7 +25,6 @@ def generate(params: Params, policy: Policy | None, seed: int) -> dict[str, Any]
             began = time.perf_counter()
             videos.append(_sampled(pipe, params, text, seed))
             wall.append(time.perf_counter() - began)
-            run.restart()
         report = run.report()
     return {
         "videos": torch.stack(videos),
