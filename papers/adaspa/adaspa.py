@@ -269,12 +269,14 @@ if small:
         for name, value in evaluation.families(rows).items():
             record.metric("family", value, variant=name, seed=seed)
             family, density = name.split("/")
-            by_family.setdefault(family, {}).setdefault(float(density), []).append(value)
+            side = int(family.removeprefix("tiles")) if family.startswith("tiles") else 1
+            if float(density) * tokens >= side:  # a budget below one tile a row is exceeded
+                by_family.setdefault(family, {}).setdefault(float(density), []).append(value)
     fig, ax = plt.subplots(figsize=(7, 3.6))
     record.figure(
         "families",
         figures.families(ax, by_family).figure,
-        "Recall of the best pattern of each family: tiles of 16 to 128 tokens, columns, diagonals, half of each.",
+        "Recall of the best pattern of each family: tiles by their side in tokens, columns, diagonals, half of each.",
     )
 
 # %% [markdown]
