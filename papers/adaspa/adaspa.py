@@ -236,24 +236,13 @@ if small:
 
 # %%
 if small:
-    kept = {"this one": {}, "other noise": {}, "other prompt": {}}
-    for seed in params.seeds:
-        other = params.seeds[(params.seeds.index(seed) + 1) % len(params.seeds)]
-        sources = {"this one": (0, seed), "other noise": (0, other), "other prompt": (1, seed)}
-        for name, (shift_prompt, of) in sources.items():
-            values = [
-                evaluation.transfer(
-                    params,
-                    watched[prompt, seed]["looks"],
-                    watched[(prompt + shift_prompt) % len(prompts), of]["looks"],
-                )
-                for prompt in range(len(prompts))
-            ]
-            if len(prompts) > 1 or not shift_prompt:
-                kept[name][seed] = experiment.seed_values(values)
-                record.metric("transfer", kept[name][seed], variant=name.replace(" ", "_"), seed=seed)
+    kept = evaluation.transfers(params, {key: found["looks"] for key, found in watched.items()}, len(prompts))
+    for (name, seed), value in kept.items():
+        record.metric("transfer", value, variant=name, seed=seed)
     fig, ax = plt.subplots(figsize=(6.5, 3.2))
-    figures.reaches(ax, {name: list(values.values()) for name, values in kept.items() if values})
+    names = dict.fromkeys(name for name, _ in kept)
+    by_name = {name.replace("_", " "): [kept[name, seed] for seed in params.seeds] for name in names}
+    figures.reaches(ax, by_name)
     ax.set(ylabel="weight held, of the best", ylim=(min(0.8, ax.dataLim.y0), 1.0))
     record.figure("transfer", fig, "What tiles searched elsewhere hold of the weight of the best tiles.")
 
@@ -263,15 +252,7 @@ if small:
 
 # %%
 if small:
-    by_family = {}
-    for seed in params.seeds:
-        rows = [row for prompt in range(len(prompts)) for row in watched[prompt, seed]["families"].values()]
-        for name, value in evaluation.families(rows).items():
-            record.metric("family", value, variant=name, seed=seed)
-            family, density = name.split("/")
-            side = int(family.removeprefix("tiles")) if family.startswith("tiles") else 1
-            if float(density) * tokens >= side:  # a budget below one tile a row is exceeded
-                by_family.setdefault(family, {}).setdefault(float(density), []).append(value)
+    by_family = evaluation.record_families(record, params, watched, tokens)
     fig, ax = plt.subplots(figsize=(7, 3.6))
     record.figure(
         "families",
@@ -348,18 +329,7 @@ for arm in params.arms:
         jobs[f"{arm}-seed{seed}"] = partial(experiment.generate, params, arm, seed, state, masks)
         order.append((arm, seed))
 generated = dict(zip(order, record.cells(jobs, "generations", workers=params.workers or None).values(), strict=True))
-measured = {}
-for (arm, seed), found in generated.items():
-    dense = generated["dense", seed]["videos"]
-    row = evaluation.arm_metrics(found["videos"], dense, prompts, same=arm == "dense")
-    row["density"] = found["density"]
-    if found["recall"] is not None:
-        row["found"] = found["recall"]
-    if "wall" in found:
-        row["wall"] = experiment.seed_values(found["wall"])
-    for name, value in row.items():
-        record.metric(name, value, variant=arm, seed=seed)
-        measured.setdefault(name, {}).setdefault(arm, []).append(value)
+measured = evaluation.record_arms(record, generated, prompts)
 
 # %%
 told = [arm for arm in ("dense", "adaspa", "svg", "minference", "window", "keep_0.1") if arm in params.arms]
@@ -419,14 +389,7 @@ for tokens in params.lengths:
             rounds=count,
         ),
     )
-middle = {}
-for tokens, found in timed.items():
-    for number, row in enumerate(cost.ratios(found["seconds"])):
-        for name, value in row.items():
-            record.metric("cost", value, variant=f"{name}/{tokens}", seed=number)
-            middle.setdefault(name, {}).setdefault(tokens, []).append(value)
-    record.metric("seconds_dense", np.median(found["seconds"]["dense"]), variant=str(tokens))
-middle = {name: [np.median(values) for values in row.values()] for name, row in middle.items()}
+middle = evaluation.record_costs(record, timed)
 keep, longest = params.timing_keep[0], max(params.lengths)
 names = {"search": "search, with dense attention", "scores": "cached search"} | {
     f"sparse/{kept_:g}": f"sparse, {kept_:g} kept" for kept_ in params.timing_keep
@@ -448,25 +411,18 @@ predicted = {}
 for tokens, found in timed.items():
     rows = [cost.speedup(cost.share(tokens), costs, PAPER_STEPS) for costs in evaluation.costs_at(found, keep)]
     predicted[tokens] = np.median(rows)
-    for number, value in enumerate(rows):
-        record.metric("speedup", value, variant=str(tokens), seed=number)
+    evaluation.record_rounds(record, "speedup", rows, str(tokens))
 share, at_longest = cost.share(longest), evaluation.costs_at(timed[longest], keep)
-for number, costs in enumerate(at_longest):
-    record.metric("speedup", cost.speedup(share, costs, PAPER_STEPS, cached=False), variant="uncached", seed=number)
-    record.metric("search_share", cost.search_share(share, costs, PAPER_STEPS), seed=number)
-for number, costs in enumerate(evaluation.costs_at(timed[longest], min(params.timing_keep))):
-    record.metric("speedup", cost.speedup(cost.share(TRIPLE), costs, (1, 30)), variant="24s", seed=number)
+uncached = [cost.speedup(share, costs, PAPER_STEPS, cached=False) for costs in at_longest]
+evaluation.record_rounds(record, "speedup", uncached, "uncached")
+searching = [cost.search_share(share, costs, PAPER_STEPS) for costs in at_longest]
+evaluation.record_rounds(record, "search_share", searching)
+fewest = evaluation.costs_at(timed[longest], min(params.timing_keep))
+evaluation.record_rounds(
+    record, "speedup", [cost.speedup(cost.share(TRIPLE), costs, (1, 30)) for costs in fewest], "24s"
+)
 costs = {name: np.median([row[name] for row in at_longest]) for name in at_longest[0]}
-sparse_steps = cost.STEPS - PAPER_STEPS[0]
-parts = {
-    "dense": {"other": 1 - share, "dense attention": share},
-    "AdaSpa": {
-        "other": 1 - share,
-        "dense attention": share * PAPER_STEPS[0] / cost.STEPS,
-        "searches": cost.search_share(share, costs, PAPER_STEPS),
-        "sparse attention": share * sparse_steps * costs["sparse"] / cost.STEPS,
-    },
-}
+parts = evaluation.parts_of_time(share, costs, PAPER_STEPS)
 fig, ax = plt.subplots(figsize=(8, 2.2))
 record.figure(
     "phases",

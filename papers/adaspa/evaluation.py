@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,13 @@ from kernels import attention
 from papers.adaspa import cost, data, method, patterns, planted, quality
 from papers.adaspa.settings import Params
 
+if TYPE_CHECKING:
+    from common.record import Record
+
 __all__ = [
-    "arm_metrics", "costs_at", "exactness", "families", "kinds_of_heads", "noise_changes", "row_shift_changes",
-    "stability", "steadiness", "transfer",
+    "arm_metrics", "costs_at", "exactness", "families", "kinds_of_heads", "noise_changes", "parts_of_time",
+    "record_arms", "record_costs", "record_families", "record_rounds", "row_shift_changes", "stability",
+    "steadiness", "transfer", "transfers",
 ]  # fmt: skip
 
 
@@ -67,6 +72,26 @@ def transfer(params: Params, own: Mapping[int, patterns.Look], other: Mapping[in
     return torch.stack(kept).mean().item()
 
 
+def transfers(
+    params: Params, looks: Mapping[tuple[int, int], Mapping[int, patterns.Look]], prompts: int
+) -> dict[tuple[str, int], float]:
+    """`transfer` by source and seed, means over prompts: tiles of `this_one`, of `other_noise` (the next seed) and,
+    where there are two, of the `other_prompt`. looks: by prompt and seed."""
+    found = {}
+    for place, seed in enumerate(params.seeds):
+        other = params.seeds[(place + 1) % len(params.seeds)]
+        sources = {"this_one": (0, seed), "other_noise": (0, other)}
+        if prompts > 1:
+            sources["other_prompt"] = (1, seed)
+        for name, (shift, of) in sources.items():
+            values = [
+                transfer(params, looks[prompt, seed], looks[(prompt + shift) % prompts, of])
+                for prompt in range(prompts)
+            ]
+            found[name, seed] = _mean(values)
+    return found
+
+
 def families(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Mean recall over heads and steps of each family at each density."""
     return {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}
@@ -83,6 +108,43 @@ def arm_metrics(videos: Tensor, dense: Tensor, prompts: Sequence[data.Caption], 
     if followed:
         found["follows"] = _mean(followed)
     return found
+
+
+def record_families(
+    record: Record, params: Params, watched: Mapping[tuple[int, int], Mapping[str, Any]], tokens: int
+) -> dict[str, dict[float, list[float]]]:
+    """Report `families` by seed, all prompts in one; returns recalls by family and density, a value a seed.
+
+    Densities at which a family would have less than one tile a row, and so exceeds its budget, are not returned.
+    """
+    found: dict[str, dict[float, list[float]]] = {}
+    for seed in params.seeds:
+        looked = [look["families"].values() for (_, other), look in watched.items() if other == seed]
+        for name, value in families([row for steps in looked for row in steps]).items():
+            record.metric("family", value, variant=name, seed=seed)
+            family, density = name.split("/")
+            side = int(family.removeprefix("tiles")) if family.startswith("tiles") else 1
+            if float(density) * tokens >= side:
+                found.setdefault(family, {}).setdefault(float(density), []).append(value)
+    return found
+
+
+def record_arms(
+    record: Record, generated: Mapping[tuple[str, int], Mapping[str, Any]], prompts: Sequence[data.Caption]
+) -> dict[str, dict[str, list[float]]]:
+    """Report what `experiment.generate` gave, by arm and seed; returns it by name and arm, a value a seed."""
+    measured: dict[str, dict[str, list[float]]] = {}
+    for (arm, seed), found in generated.items():
+        dense = generated["dense", seed]["videos"]
+        row = arm_metrics(found["videos"], dense, prompts, same=arm == "dense") | {"density": found["density"]}
+        if found["recall"] is not None:
+            row["found"] = found["recall"]
+        if "wall" in found:
+            row["wall"] = _mean(found["wall"])
+        for name, value in row.items():
+            record.metric(name, value, variant=arm, seed=seed)
+            measured.setdefault(name, {}).setdefault(arm, []).append(value)
+    return measured
 
 
 # ---- exact checks
@@ -176,6 +238,39 @@ def costs_at(measured: Mapping[str, Any], keep: float) -> list[dict[str, float]]
         {"sparse": row[f"sparse/{keep:g}"], "search": row["search"], "scores": row["scores"]}
         for row in cost.ratios(measured["seconds"])
     ]
+
+
+def record_costs(record: Record, timed: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Report what `cost.measure` gave by length; returns the medians by name, a value a length."""
+    middle: dict[str, list[float]] = {}
+    for tokens, found in timed.items():
+        rounds = cost.ratios(found["seconds"])
+        for name in rounds[0]:
+            values = [row[name] for row in rounds]
+            record_rounds(record, "cost", values, f"{name}/{tokens}")
+            middle.setdefault(name, []).append(statistics.median(values))
+        record.metric("seconds_dense", statistics.median(found["seconds"]["dense"]), variant=str(tokens))
+    return middle
+
+
+def parts_of_time(share: float, costs: Mapping[str, float], search_steps: Sequence[int]) -> dict[str, dict[str, float]]:
+    """A generation's time by part, dense and by AdaSpa, in units of the dense one; arguments as of `cost.speedup`."""
+    first = search_steps[0]
+    return {
+        "dense": {"other": 1 - share, "dense attention": share},
+        "AdaSpa": {
+            "other": 1 - share,
+            "dense attention": share * first / cost.STEPS,
+            "searches": cost.search_share(share, costs, search_steps),
+            "sparse attention": share * (cost.STEPS - first) * costs["sparse"] / cost.STEPS,
+        },
+    }
+
+
+def record_rounds(record: Record, name: str, values: Sequence[float], variant: str = "") -> None:
+    """Report what was timed several times, a round as a seed."""
+    for number, value in enumerate(values):
+        record.metric(name, value, variant=variant, seed=number)
 
 
 def _mean(values: Sequence[float]) -> float:
