@@ -104,9 +104,9 @@ def arm_metrics(videos: Tensor, dense: Tensor, prompts: Sequence[data.Caption], 
     if not same:
         pairs = [quality.fidelity(video, other) for video, other in zip(videos, dense, strict=True)]
         found |= {name: _mean([pair[name] for pair in pairs]) for name in ("psnr", "ssim")}
-    followed = [x for video, words in zip(videos, prompts, strict=True) for x in quality.follows(video, words)]
-    if followed:
-        found["follows"] = _mean(followed)
+    if prompts:  # there are none for prompts in words
+        followed = [x for video, words in zip(videos, prompts, strict=True) for x in quality.follows(video, words)]
+        found |= {"follows": _mean(followed)} if followed else {}
     return found
 
 
