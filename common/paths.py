@@ -67,6 +67,11 @@ def run(slug: str, profile: str) -> Path:
     return results() / "runs" / slug / profile
 
 
+def checkpoint(name: str) -> Path:
+    """A model that the project trained: kept by DVC, ignored by git."""
+    return root() / "checkpoints" / f"{name}.safetensors"
+
+
 # working space, ignored by git
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from common import files
 
 __all__ = ["NonFiniteError", "Schedule", "accuracy", "fit"]
 
@@ -67,6 +70,7 @@ def fit(
     clip: float | None = None,
     after_step: Callable[[int], None] | None = None,
     progress: Callable = no_bar,
+    keep: Path | None = None,
 ) -> list[float]:
     """Train in place for `schedule.steps` steps; returns the loss of each step.
 
@@ -77,6 +81,8 @@ def fit(
         clip: largest norm of the gradient over all parameters; larger ones are scaled down to it.
         after_step: called with the number of steps done, after each of them.
         progress: (iterable, title, total=...) -> a bar with `set_postfix`, such as `record.progress`.
+        keep: a file that gets the state of the training now and then; where it is there, the training goes on from it
+            (batches before that place are drawn and passed over). Whoever gives it removes it.
 
     Deterministic for given batches, initial weights and thread count. Raises NonFiniteError, with the network put back,
     and ValueError where the batches end too early.
@@ -84,10 +90,13 @@ def fit(
     network.train()
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.share)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses: list[float] = []
-    good, good_step = _copy(network), 0
+    losses = _resume(keep, network, optimizer, rates)
+    done = len(losses)
+    good, good_step = _copy(network), done
     bar = progress(zip(range(schedule.steps), batches, strict=False), "training", total=schedule.steps)
     for step, batch in bar:
+        if step < done:
+            continue
         optimizer.zero_grad()
         value = loss(network, batch)
         value.backward()
@@ -98,8 +107,10 @@ def fit(
             what = "the gradient is not finite" if math.isfinite(number) else f"the loss is {number}"
             where = f"in step {step} of {schedule.steps} at learning rate {rates.get_last_lr()[0]:g}"
             raise NonFiniteError(f"fit: {what} {where}", step=step, good_step=good_step, losses=losses)
-        if step and step % KEEP_EVERY == 0:  # these weights gave a finite loss and gradient
+        if step > done and step % KEEP_EVERY == 0:  # these weights gave a finite loss and gradient
             good, good_step = _copy(network), step
+            if keep:
+                _keep(keep, good, optimizer, rates, losses)
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         optimizer.step()
@@ -130,6 +141,23 @@ def accuracy(network: nn.Module, batches: Iterable[Sequence[Tensor]]) -> float:
     if not total:
         raise ValueError("accuracy: got no batch, expected at least one; see what the loader was given.")
     return 100 * right / total
+
+
+def _keep(path: Path, network: dict[str, Any], optimizer: Any, rates: Any, losses: list[float]) -> None:
+    state = {"network": network, "optimizer": optimizer.state_dict(), "rates": rates.state_dict(), "losses": losses}
+    files.write(path, lambda stream: torch.save(state, stream))
+
+
+def _resume(path: Path | None, network: nn.Module, optimizer: Any, rates: Any) -> list[float]:
+    """Losses of the steps already done; network, optimizer and schedule are put where they were."""
+    if path is None or not path.is_file():
+        return []
+    state = torch.load(path, weights_only=False)  # our own file
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    rates.load_state_dict(state["rates"])
+    print(f"resparse: a training goes on after {len(state['losses'])} steps")
+    return state["losses"]
 
 
 def _copy(network: nn.Module) -> dict[str, Any]:

@@ -153,3 +153,24 @@ def test_accuracy_is_a_percentage_in_evaluation_mode():
     assert network.training
     with pytest.raises(ValueError, match="no batch"):
         training.accuracy(network, [])
+
+
+def test_an_interrupted_training_goes_on_to_the_same_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(supervised, "KEEP_EVERY", 5)
+    keep, whole, parts = tmp_path / "state.pt", line(), line()
+
+    def adam(network: nn.Module, batches, **options) -> list[float]:
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
+        return training.fit(network, batches, squared, optimizer, training.Schedule(20, 2), clip=1.0, **options)
+
+    def interrupted():
+        yield from itertools.islice(regression(20), 13)
+        raise KeyboardInterrupt
+
+    expected = adam(whole, regression(20))
+    with pytest.raises(KeyboardInterrupt):
+        adam(parts, interrupted(), keep=keep)
+    fresh, steps = line(), []
+    assert adam(fresh, regression(20), keep=keep, after_step=steps.append) == expected
+    assert steps == list(range(11, 21))  # 10 were kept
+    assert torch.equal(fresh.weight, whole.weight)
