@@ -43,7 +43,7 @@ WINNER = 0.3  # share of a group's places that its most common word takes; three
 @dataclass(frozen=True)
 class TaskBatch:
     """`tokens` int64 [B, L] with the answers in place; `answers` bool [B, L], where they are; `prompt` the number of
-    tokens up to and with ASK, the same in every sequence."""
+    tokens up to and with the last ASK, the same in every sequence."""
 
     task: str
     tokens: Tensor
@@ -63,13 +63,24 @@ class Score:
     token: float
 
 
-def draw(task: str, *, length: int, batch: int, generator: Generator, queries: int = 8, hops: int = 2) -> TaskBatch:
+def draw(
+    task: str,
+    *,
+    length: int,
+    batch: int,
+    generator: Generator,
+    queries: int = 8,
+    hops: int = 2,
+    announce: bool = False,
+) -> TaskBatch:
     """A batch of sequences of exactly `length` tokens, no padding; the same for the same state of the generator.
 
     Args:
         task: one of `TASKS`.
         queries: questions asked of each prompt; for `common` at most 8, for `filter` also the number of chapters.
         hops: of `track`: a chain is a variable that gets a value and so many others, each set to the one before.
+        announce: all questions stand once more at the prompt's end, `... ASK question question ... ASK`, as they do in
+            benchmarks; methods that thin out a prompt once, before the first answer, may look at them there.
 
     Raises ValueError for an unknown task, or a length in which so many questions have no room.
     """
@@ -78,7 +89,8 @@ def draw(task: str, *, length: int, batch: int, generator: Generator, queries: i
     if batch < 1 or queries < 1 or hops < 0:
         raise ValueError(f"tasks.draw: got batch={batch}, queries={queries}, hops={hops}; expected at least 1, 1 and 0")
     question = 2 if task == "filter" else 1
-    room = length - 2 - queries * (question + 1)  # without the mark and ASK
+    extra = queries * question + 1 if announce else 0
+    room = length - 2 - queries * (question + 1) - extra  # without the mark and ASK
     chance = random.Random(int(torch.randint(2**62, (), generator=generator)))
     makers: dict[str, Callable[[], tuple[list[int], list[list[int]]]]] = {
         "retrieve": lambda: _retrieve(room, queries, chance),
@@ -89,10 +101,11 @@ def draw(task: str, *, length: int, batch: int, generator: Generator, queries: i
     rows = []
     for _ in range(batch):
         prompt, asked = makers[task]()
-        rows.append([MARKS[task], *prompt, ASK, *itertools.chain(*asked)])
+        once_more = [*itertools.chain(*(one[:-1] for one in asked)), ASK] if announce else []
+        rows.append([MARKS[task], *prompt, ASK, *once_more, *itertools.chain(*asked)])
     answers = torch.zeros(batch, length, dtype=torch.bool)
     answers[:, length - 1 - torch.arange(queries) * (question + 1)] = True
-    return TaskBatch(task, torch.tensor(rows), answers, room + 2)
+    return TaskBatch(task, torch.tensor(rows), answers, room + 2 + extra)
 
 
 def score(batch: TaskBatch, predicted: Tensor) -> Score:
