@@ -106,7 +106,7 @@ class DoubleSparsity(Selector):
     def plan(self, query: Tensor, key: Tensor, site: CausalSite) -> Rows:
         if site.layer >= len(self.channels):
             raise ValueError(
-                f"DoubleSparsity: got layer {site.layer} and channels of {len(self.channels)} layers; expected channels "
+                f"DoubleSparsity: got layer {site.layer} and channels of {len(self.channels)} layers; expected those "
                 "of every attention; calibrate the same model"
             )
         channels = self.channels[site.layer].to(query.device)
