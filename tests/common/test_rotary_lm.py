@@ -21,13 +21,27 @@ def tokens(length: int = 12, seed: int = 0) -> torch.Tensor:
 
 def test_a_causal_model_does_not_see_ahead_and_the_other_does():
     whole = tokens()
-    for causal in (True, False):
-        model = tiny(causal=causal)
+    for causal, near in ((True, 0), (True, 3), (False, 0), (False, 3)):
+        model = tiny(causal=causal, near=near)
         other = whole.clone()
         other[:, -1] = (other[:, -1] + 1) % 11
         same = torch.isclose(model(whole)[:, :-1], model(other)[:, :-1], atol=1e-6).all()
         assert bool(same) == causal
         assert model(whole).shape == (3, 12, 11)
+
+
+def test_a_token_starts_with_those_before_it():
+    model, x = tiny(near=2), tokens()
+    assert model.near is not None and model.near.in_features == 32
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(x)
+    vectors = model.token(x)
+    one, two = model.near.weight.split(16, dim=1)
+    expected = vectors[:, 5] + vectors[:, 4] @ one.T + vectors[:, 3] @ two.T
+    torch.testing.assert_close(seen[0][:, 5], expected)
+    torch.testing.assert_close(seen[0][:, 0], vectors[:, 0])  # nothing stands before the first
+    assert model(x[:, :1]).shape == (3, 1, 11)
 
 
 def test_order_matters_and_distance_alone_counts():
