@@ -3,9 +3,6 @@
 What papers on sparse attention are tried on where no large model is at hand: one RotaryLM learns the four tasks of
 `common.data.tasks` and tiny Shakespeare by characters at once, at rising lengths. Tokens below `tasks.VOCABULARY` are
 the tasks', those after it the text's characters.
-
-To look up a key is to find where it stood and to copy what followed. A model learns that late from eight questions a
-prompt, and soon from random tokens that come twice, where half of all tokens teach it; short sequences have some.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from common import seeds
 from common.data import tasks
@@ -31,6 +28,7 @@ __all__ = ["RECIPES", "TEXT", "Recipe", "build", "predictions", "questions", "te
 TEXT = tasks.VOCABULARY  # the number of the text's first character
 TEXT_WEIGHT = 0.5  # of its loss; that of the answers has weight 1
 BETAS, DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
+NEAR = 2  # tokens before each that it starts with, see RotaryLM
 ROOMY = 128  # tokens from which on a prompt has room for eight questions of two tokens
 
 
@@ -40,8 +38,8 @@ class Recipe:
 
     width, depth, heads   of the RotaryLM
     rate      peak learning rate of AdamW: warm-up over a twentieth of the steps, then a cosine to zero
-    stages    (length, rows, steps): so many steps on sequences of this length, `rows` of each task and of the text,
-              and, below `ROOMY` tokens, of random tokens that come twice
+    stages    (length, rows, steps): so many steps on sequences of this length, `rows` of each task and of the text;
+              there are eight questions, in every fourth step one where values are retrieved
     seed      of the initial weights and of all that is drawn
     """
 
@@ -57,10 +55,11 @@ class Recipe:
             raise ValueError(f"Recipe: got stages {self.stages}; expected some of (length, rows, steps), each above 0")
 
 
-# `large` and `small` take about ten minutes each on one core; the others take seconds and learn nothing to speak of
+# `large` and `small` take about five minutes each on one core; the others take seconds and learn nothing to speak of
+LENGTHS = ((64, 8, 600), (128, 4, 150), (256, 2, 120), (512, 2, 100))
 RECIPES = {
-    "large": Recipe(128, 4, 4, 2e-3, ((64, 4, 1500), (128, 3, 250), (256, 2, 150), (512, 1, 120))),
-    "small": Recipe(128, 3, 4, 2e-3, ((64, 4, 1500), (128, 3, 250), (256, 2, 150), (512, 1, 120))),
+    "large": Recipe(96, 4, 3, 3e-3, LENGTHS),
+    "small": Recipe(96, 3, 3, 3e-3, LENGTHS),
     "tiny": Recipe(32, 2, 2, 5e-3, ((64, 4, 20),)),
     "tinier": Recipe(32, 1, 2, 5e-3, ((64, 4, 20),)),
 }
@@ -76,9 +75,8 @@ class _Batch:
 
 def build(recipe: Recipe, vocabulary: int, state: dict[str, Tensor] | None = None) -> RotaryLM:
     """The model for a text of `vocabulary` characters, with `state` or fresh from torch's global generator."""
-    model = RotaryLM(
-        vocabulary=TEXT + vocabulary, causal=True, width=recipe.width, depth=recipe.depth, heads=recipe.heads
-    )
+    sizes = {"width": recipe.width, "depth": recipe.depth, "heads": recipe.heads}
+    model = RotaryLM(vocabulary=TEXT + vocabulary, causal=True, near=NEAR, **sizes)
     if state is not None:
         model.load_state_dict(state)
     return model.eval()
@@ -88,7 +86,7 @@ def trained(
     name: str, recipe: Recipe, corpus: Corpus, *, retrain: bool = False, progress: Callable = no_bar
 ) -> tuple[RotaryLM, Checkpoint]:
     """The model of this name and recipe, read from `checkpoints/` or trained and kept there."""
-    settings = {**asdict(recipe), "text": corpus.name, "trained_by": "common.training.long_context 1"}
+    settings = {**asdict(recipe), "text": corpus.name, "near": NEAR, "text_weight": TEXT_WEIGHT}
     found = checkpoint(
         name, settings, lambda path: train(recipe, corpus, progress=progress, keep=path).state_dict(), retrain=retrain
     )
@@ -128,24 +126,18 @@ def _batches(recipe: Recipe, corpus: Corpus) -> Iterator[_Batch]:
     text = text_tokens(corpus.train)
     for length, rows, steps in recipe.stages:
         make = partial(tasks.draw, length=length, batch=rows, generator=draw, announce=True)
-        for _ in range(steps):
-            drawn = [make(task, queries=4 if task == "filter" and length < ROOMY else 8) for task in tasks.TASKS]
-            parts = [(part.tokens, part.answers) for part in drawn]
+        for step in range(steps):
+            asked = dict.fromkeys(tasks.TASKS, 8)
             if length < ROOMY:
-                parts.append(_twice(length, rows, draw))
+                asked["filter"] = 4
+            if step % 4 == 3:
+                asked["retrieve"] = 1
+            drawn = [make(task, queries=asked[task]) for task in tasks.TASKS]
+            parts = [(part.tokens, part.answers) for part in drawn]
             starts = torch.randint(len(text) - length + 1, (rows, 1), generator=draw)
             passages = text[starts + torch.arange(length)]
             parts.append((passages, torch.zeros_like(passages, dtype=torch.bool)))
             yield _Batch(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-
-def _twice(length: int, rows: int, draw: Generator) -> tuple[Tensor, Tensor]:
-    """Random values and words that come twice, [rows, length], and which are to be told: all but the first of the
-    second time."""
-    half = -(-length // 2)
-    once = torch.randint(tasks.VALUES[0], tasks.WORDS[-1] + 1, (rows, half), generator=draw)
-    again = torch.arange(length) > half
-    return torch.cat([once, once], dim=1)[:, :length], again.expand(rows, -1)
 
 
 def _loss(model: nn.Module, batch: _Batch) -> Tensor:
