@@ -28,8 +28,10 @@ __all__ = ["RECIPES", "TEXT", "Recipe", "build", "predictions", "questions", "te
 TEXT = tasks.VOCABULARY  # the number of the text's first character
 TEXT_WEIGHT = 0.5  # of its loss; that of the answers has weight 1
 BETAS, DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
-NEAR = 2  # tokens before each that it starts with, see RotaryLM
-ROOMY = 128  # tokens from which on a prompt has room for eight questions of two tokens
+NEAR, RATIO = 2, 2  # see RotaryLM
+HOPS = 1  # from a variable to its value, at `track`
+DRAWN = ("retrieve", *tasks.TASKS)  # in each batch; values are retrieved twice as often, which is learned last
+ROOMY = 96  # tokens from which on a prompt has room for eight questions, of whatever task
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Recipe:
 
     width, depth, heads   of the RotaryLM
     rate      peak learning rate of AdamW: warm-up over a twentieth of the steps, then a cosine to zero
-    stages    (length, rows, steps): so many steps on sequences of this length, `rows` of each task and of the text;
-              there are eight questions, in every fourth step one where values are retrieved
+    stages    (length, rows, steps): so many steps on sequences of this length, `rows` of each of `DRAWN` and of the
+              text; there are eight questions (three in short prompts), in every fourth step one at `retrieve`
     seed      of the initial weights and of all that is drawn
     """
 
@@ -55,11 +57,11 @@ class Recipe:
             raise ValueError(f"Recipe: got stages {self.stages}; expected some of (length, rows, steps), each above 0")
 
 
-# `large` and `small` take about five minutes each on one core; the others take seconds and learn nothing to speak of
-LENGTHS = ((64, 8, 600), (128, 4, 150), (256, 2, 120), (512, 2, 100))
+# `large` and `small` take about four minutes each on one core; the others take seconds and learn nothing to speak of
+LENGTHS = ((48, 16, 400), (96, 8, 200), (256, 3, 150), (512, 2, 100))
 RECIPES = {
-    "large": Recipe(96, 4, 3, 3e-3, LENGTHS),
-    "small": Recipe(96, 3, 3, 3e-3, LENGTHS),
+    "large": Recipe(64, 3, 2, 3e-3, LENGTHS),
+    "small": Recipe(64, 2, 2, 3e-3, LENGTHS),
     "tiny": Recipe(32, 2, 2, 5e-3, ((64, 4, 20),)),
     "tinier": Recipe(32, 1, 2, 5e-3, ((64, 4, 20),)),
 }
@@ -76,7 +78,7 @@ class _Batch:
 def build(recipe: Recipe, vocabulary: int, state: dict[str, Tensor] | None = None) -> RotaryLM:
     """The model for a text of `vocabulary` characters, with `state` or fresh from torch's global generator."""
     sizes = {"width": recipe.width, "depth": recipe.depth, "heads": recipe.heads}
-    model = RotaryLM(vocabulary=TEXT + vocabulary, causal=True, near=NEAR, **sizes)
+    model = RotaryLM(vocabulary=TEXT + vocabulary, causal=True, near=NEAR, ratio=RATIO, **sizes)
     if state is not None:
         model.load_state_dict(state)
     return model.eval()
@@ -86,7 +88,7 @@ def trained(
     name: str, recipe: Recipe, corpus: Corpus, *, retrain: bool = False, progress: Callable = no_bar
 ) -> tuple[RotaryLM, Checkpoint]:
     """The model of this name and recipe, read from `checkpoints/` or trained and kept there."""
-    settings = {**asdict(recipe), "text": corpus.name, "near": NEAR, "text_weight": TEXT_WEIGHT}
+    settings = {**asdict(recipe), "text": corpus.name, "near": NEAR, "ratio": RATIO, "hops": HOPS}
     found = checkpoint(
         name, settings, lambda path: train(recipe, corpus, progress=progress, keep=path).state_dict(), retrain=retrain
     )
@@ -108,7 +110,7 @@ def train(recipe: Recipe, corpus: Corpus, *, progress: Callable = no_bar, keep: 
 def questions(task: str, length: int, batch: int, seed: int, *, queries: int = 8) -> tasks.TaskBatch:
     """Test prompts [batch, length] of a task, announced as in the training; the same for the same arguments."""
     draw = seeds.generator(seed, "questions", task, length, queries)
-    return tasks.draw(task, length=length, batch=batch, generator=draw, queries=queries, announce=True)
+    return tasks.draw(task, length=length, batch=batch, generator=draw, queries=queries, hops=HOPS, announce=True)
 
 
 def predictions(logits: Tensor) -> Tensor:
@@ -125,14 +127,10 @@ def _batches(recipe: Recipe, corpus: Corpus) -> Iterator[_Batch]:
     draw = seeds.generator(recipe.seed, "long context")
     text = text_tokens(corpus.train)
     for length, rows, steps in recipe.stages:
-        make = partial(tasks.draw, length=length, batch=rows, generator=draw, announce=True)
+        make = partial(tasks.draw, length=length, batch=rows, generator=draw, hops=HOPS, announce=True)
         for step in range(steps):
-            asked = dict.fromkeys(tasks.TASKS, 8)
-            if length < ROOMY:
-                asked["filter"] = 4
-            if step % 4 == 3:
-                asked["retrieve"] = 1
-            drawn = [make(task, queries=asked[task]) for task in tasks.TASKS]
+            asked = 8 if length >= ROOMY else 3
+            drawn = [make(task, queries=1 if task == "retrieve" and step % 4 == 3 else asked) for task in DRAWN]
             parts = [(part.tokens, part.answers) for part in drawn]
             starts = torch.randint(len(text) - length + 1, (rows, 1), generator=draw)
             passages = text[starts + torch.arange(length)]

@@ -267,7 +267,7 @@ record.figure(
 # ## 6. Verdicts
 #
 # Each claim, judged. *Not tested* names what a claim would need; *refuted* is a result. Remember the scale: at `smoke`
-# nothing is learned, at `laptop` a model of less than a million parameters reads five hundred tokens.
+# nothing is learned, at `laptop` a model of a hundred and fifty thousand parameters reads 512 tokens.
 
 # %%
 record.close()

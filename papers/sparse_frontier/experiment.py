@@ -74,7 +74,7 @@ def shape(params: Params, model: Model) -> Shape:
         sizes = (config.num_hidden_layers, heads, groups, head, config.intermediate_size, config.vocab_size)
         return Shape(width, *sizes)
     recipe = RECIPES[model.name]
-    head, hidden = recipe.width // recipe.heads, 4 * recipe.width
+    head, hidden = recipe.width // recipe.heads, long_context.RATIO * recipe.width
     vocabulary = len(model.state["head.weight"])
     return Shape(recipe.width, recipe.depth, recipe.heads, recipe.heads, head, hidden, vocabulary, gated=False)
 

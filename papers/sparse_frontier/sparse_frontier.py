@@ -313,7 +313,7 @@ else:
 # ## 6. Verdicts
 #
 # Each claim, judged. *Not tested* names what a claim would need; *refuted* is a result. Remember the scale: at `smoke`
-# nothing is learned, at `laptop` a model of less than a million parameters reads a few hundred tokens.
+# nothing is learned, at `laptop` models of a hundred thousand parameters read a few hundred tokens.
 
 # %%
 record.close()
