@@ -150,7 +150,9 @@ def _caught(model: nn.Module, tokens: Tensor, attend: Callable[[int, Tensor, Ten
     return out
 
 
-def _check(layer: int, query: Tensor, key: Tensor, *, attn_mask: Any, dropout_p: float, is_causal: bool, **_: Any):
+def _check(
+    layer: int, query: Tensor, key: Tensor, *, attn_mask: Any, dropout_p: float, is_causal: bool, **_: Any
+) -> None:
     if attn_mask is not None or not is_causal:
         raise ValueError(
             f"attention {layer}: got {'a mask' if attn_mask is not None else 'attention in both directions'}; expected "
@@ -163,7 +165,9 @@ def _check(layer: int, query: Tensor, key: Tensor, *, attn_mask: Any, dropout_p:
         )
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, site: CausalSite, selector: Selector | None, reads: Reads):
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, site: CausalSite, selector: Selector | None, reads: Reads
+) -> Tensor:
     """Attention with the selector's rows in its phase and dense ones elsewhere; [B, H, L, D]."""
     length, groups = query.shape[2], key.shape[1]
     parts: dict[Phase, tuple[int, int]] = {"prefill": (0, site.prompt), "decode": (site.prompt, length)}

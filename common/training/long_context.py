@@ -31,7 +31,7 @@ BETAS, DECAY, CLIP = (0.9, 0.98), 0.01, 1.0
 NEAR, RATIO = 2, 2  # see RotaryLM
 HOPS = 1  # from a variable to its value, at `track`
 DRAWN = ("retrieve", *tasks.TASKS)  # in each batch; values are retrieved twice as often, which is learned last
-ROOMY = 96  # tokens from which on a prompt has room for eight questions, of whatever task
+ROOMY = 96  # tokens from which on a prompt has room to announce eight questions, of whatever task
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Recipe:
     width, depth, heads   of the RotaryLM
     rate      peak learning rate of AdamW: warm-up over a twentieth of the steps, then a cosine to zero
     stages    (length, rows, steps): so many steps on sequences of this length, `rows` of each of `DRAWN` and of the
-              text; there are eight questions (three in short prompts), in every fourth step one at `retrieve`
+              text. There are eight questions; from `ROOMY` tokens on they are announced, and `retrieve` has one alone
+              in every fourth step; below, `filter` has three
     seed      of the initial weights and of all that is drawn
     """
 
@@ -58,7 +59,7 @@ class Recipe:
 
 
 # `large` and `small` take about four minutes each on one core; the others take seconds and learn nothing to speak of
-LENGTHS = ((48, 16, 400), (96, 8, 200), (256, 3, 150), (512, 2, 100))
+LENGTHS = ((48, 16, 450), (96, 8, 150), (256, 3, 120), (512, 2, 80))
 RECIPES = {
     "large": Recipe(64, 3, 2, 3e-3, LENGTHS),
     "small": Recipe(64, 2, 2, 3e-3, LENGTHS),
@@ -127,10 +128,15 @@ def _batches(recipe: Recipe, corpus: Corpus) -> Iterator[_Batch]:
     draw = seeds.generator(recipe.seed, "long context")
     text = text_tokens(corpus.train)
     for length, rows, steps in recipe.stages:
-        make = partial(tasks.draw, length=length, batch=rows, generator=draw, hops=HOPS, announce=True)
+        roomy = length >= ROOMY
+        make = partial(tasks.draw, length=length, batch=rows, generator=draw, hops=HOPS, announce=roomy)
         for step in range(steps):
-            asked = 8 if length >= ROOMY else 3
-            drawn = [make(task, queries=1 if task == "retrieve" and step % 4 == 3 else asked) for task in DRAWN]
+            asked = dict.fromkeys(DRAWN, 8)
+            if not roomy:
+                asked["filter"] = 3
+            elif step % 4 == 3:
+                asked["retrieve"] = 1
+            drawn = [make(task, queries=asked[task]) for task in DRAWN]
             parts = [(part.tokens, part.answers) for part in drawn]
             starts = torch.randint(len(text) - length + 1, (rows, 1), generator=draw)
             passages = text[starts + torch.arange(length)]

@@ -35,7 +35,9 @@ def masks(axes: Sequence[Axes], found: Mapping[str, Tensor]) -> None:
         ax.grid(False)
 
 
-def shares(ax: Axes, lengths: Sequence[int], by_model: Mapping[str, Sequence[float]], printed: Mapping[int, float]):
+def shares(
+    ax: Axes, lengths: Sequence[int], by_model: Mapping[str, Sequence[float]], printed: Mapping[int, float]
+) -> Axes:
     """Share of attention in a prefill against length, by model; crosses: as printed."""
     for color, line, (name, values) in zip(plots.COLORS, plots.LINES, by_model.items(), strict=False):
         ax.plot(lengths, values, color=color, linestyle=line, label=name)

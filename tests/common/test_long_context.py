@@ -47,10 +47,10 @@ def test_batches_hold_every_task_and_the_text_at_rising_lengths() -> None:
     first = batches[0]
     assert first.tokens[:10, 0].tolist() == [tasks.MARKS[task] for task in long_context.DRAWN for _ in range(2)]
     assert (first.tokens[10:] >= long_context.TEXT).all() and (first.tokens[:10] < long_context.TEXT).all()
-    assert first.answers.sum(1).tolist() == [3] * 10 + [0] * 2  # few fit into a short prompt
-    assert batches[3].answers.sum(1).tolist() == [1] * 4 + [3] * 6 + [0] * 2
-    roomy = next(long_context._batches(dataclasses.replace(TINY, stages=((96, 1, 1),)), corpus()))
-    assert roomy.answers.sum(1).tolist() == [8] * 5 + [0]
+    assert first.answers.sum(1).tolist() == [8] * 8 + [3] * 2 + [0] * 2  # few of `filter` fit into a short prompt
+    roomy = list(long_context._batches(dataclasses.replace(TINY, stages=((96, 1, 4),)), corpus()))
+    assert [batch.answers.sum(1).tolist() for batch in roomy] == [[8] * 5 + [0]] * 3 + [[1, 1, 8, 8, 8, 0]]
+    assert ((roomy[0].tokens == tasks.ASK).sum(1) == torch.tensor([2, 2, 2, 2, 2, 0])).all()  # announced
 
 
 def test_the_loss_is_that_of_answers_and_half_that_of_the_text() -> None:
