@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common import data as datasets
 from common import seeds
-from common.data import tasks, text
+from common.data import text
 from common.data.tasks import TaskBatch
 from common.data.text import Corpus
 from common.models.causal_lm import CausalLM
@@ -68,7 +68,7 @@ def calibration(params: Params, lm: nn.Module, kind: str, seed: int) -> list[Ten
         found += passages(params, lm, "train", count, seed)
     if kind in ("tasks", "both"):
         for index in range(-(-count // params.rows)):
-            task = tasks.TASKS[index % len(tasks.TASKS)]
+            task = params.tasks[index % len(params.tasks)]
             found.append(questions(task, params.context, params.rows, seeds.derived(seed, "calibration", index)).tokens)
     return found
 

@@ -140,7 +140,7 @@ for name, ratio in evaluation.bytes_read(2**18):
 # ## 3. A model and its channels
 #
 # The authors' models have 7 billion parameters and more. Ours is a small causal transformer with rotary positions that
-# was trained for minutes on tiny Shakespeare by characters and on four generated long-context tasks.
+# was trained for minutes on tiny Shakespeare by characters and on generated long-context tasks.
 
 # %%
 if params.dataset == "generated":

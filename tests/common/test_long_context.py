@@ -43,14 +43,14 @@ def test_predictions_stand_where_their_tokens_do() -> None:
 
 def test_batches_hold_every_task_and_the_text_at_rising_lengths() -> None:
     batches = list(long_context._batches(TINY, corpus()))
-    assert [tuple(batch.tokens.shape) for batch in batches] == [(12, 64)] * 6 + [(6, 80)] * 2
+    assert [tuple(batch.tokens.shape) for batch in batches] == [(10, 64)] * 6 + [(5, 80)] * 2
     first = batches[0]
-    assert first.tokens[:10, 0].tolist() == [tasks.MARKS[task] for task in long_context.DRAWN for _ in range(2)]
-    assert (first.tokens[10:] >= long_context.TEXT).all() and (first.tokens[:10] < long_context.TEXT).all()
-    assert first.answers.sum(1).tolist() == [8] * 8 + [3] * 2 + [0] * 2  # few of `filter` fit into a short prompt
+    assert first.tokens[:8, 0].tolist() == [tasks.MARKS[task] for task in long_context.DRAWN for _ in range(2)]
+    assert (first.tokens[8:] >= long_context.TEXT).all() and (first.tokens[:8] < long_context.TEXT).all()
+    assert first.answers.sum(1).tolist() == [8] * 8 + [0] * 2
     roomy = list(long_context._batches(dataclasses.replace(TINY, stages=((96, 1, 4),)), corpus()))
-    assert [batch.answers.sum(1).tolist() for batch in roomy] == [[8] * 5 + [0]] * 3 + [[1, 1, 8, 8, 8, 0]]
-    assert ((roomy[0].tokens == tasks.ASK).sum(1) == torch.tensor([2, 2, 2, 2, 2, 0])).all()  # announced
+    assert [batch.answers.sum(1).tolist() for batch in roomy] == [[8] * 4 + [0]] * 3 + [[1, 1, 8, 8, 0]]
+    assert ((roomy[0].tokens == tasks.ASK).sum(1) == torch.tensor([2, 2, 2, 2, 0])).all()  # announced
 
 
 def test_the_loss_is_that_of_answers_and_half_that_of_the_text() -> None:
