@@ -30,6 +30,7 @@ NO_BAR = partial(tqdm, disable=True)
 ARMS = {
     "ds": "Double Sparsity",
     "ds_4bit": "4-bit labels",
+    "ds_128": "as many channels as of 128",
     "ds_q": "channels by |q|",
     "ds_k": "channels by |k|",
     "ds_random": "random channels",
@@ -98,7 +99,7 @@ def selector(params: Params, arm: str, ratio: int, scores: dict[str, list[Tensor
         return Streaming(keep=keep, first=params.first)
     ranked = scores[arm if arm in scores else "ds"]
     size = ranked[0].shape[-1]
-    count = size if arm == "exact" else max(1, size // ratio)
+    count = min(size, max(1, {"exact": size, "ds_128": 128 // ratio}.get(arm, size // ratio)))
     if arm == "ds_random":
         draw = seeds.generator(seed, "random channels")
         ranked = [torch.rand(part.shape, generator=draw) for part in ranked]

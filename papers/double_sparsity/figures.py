@@ -65,7 +65,7 @@ def speedups(
         ax.fill_between(contexts, table.min(1), table.max(1), color=plots.COLORS[place], alpha=0.15, linewidth=0)
     ax.axhline(bound, color="grey", linestyle=":", label="bytes read")
     ax.axhline(1, color="black", linewidth=0.8)
-    ax.set(xscale="log", xlabel="tokens in the cache", ylabel="times as fast as dense", ylim=(0, None))
+    ax.set(xscale="log", xlabel="tokens in the cache", ylabel="times as fast as dense", ylim=(0, 1.35 * bound))
     ax.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
     ax.minorticks_off()
     ax.legend(fontsize="small")

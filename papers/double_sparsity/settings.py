@@ -7,8 +7,9 @@ from typing import Literal
 
 TaskName = Literal["retrieve", "track", "common", "filter"]
 ArmName = Literal[
-    "ds", "ds_4bit", "ds_q", "ds_k", "ds_random", "ds_released", "ds_dense_first", "exact", "quest", "h2o", "streaming"
-]
+    "ds", "ds_4bit", "ds_128", "ds_q", "ds_k", "ds_random", "ds_released", "ds_dense_first", "exact", "quest", "h2o",
+    "streaming",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

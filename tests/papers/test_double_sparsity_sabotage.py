@@ -25,12 +25,12 @@ LAPTOP = parameters.load(Params, "double_sparsity", "laptop")
 SEEDS = (0, 1, 2)
 # Perplexity at 1/16 over the dense model's, and the mean loss of skill: values that suit the claims, no measurement.
 WORSE = {
-    "ds": (1.05, 0.02), "ds_4bit": (1.051, 0.02), "ds_q": (1.2, 0.1), "ds_k": (1.4, 0.2), "ds_random": (1.6, 0.4),
-    "ds_released": (1.052, 0.02), "ds_dense_first": (1.02, 0.01), "exact": (1.01, 0.0), "quest": (1.1, 0.1),
-    "h2o": (1.3, 0.5), "streaming": (1.25, 0.4),
+    "ds": (1.05, 0.02), "ds_4bit": (1.051, 0.02), "ds_128": (1.03, 0.01), "ds_q": (1.2, 0.1), "ds_k": (1.4, 0.2), "ds_random": (1.6, 0.4),
+    "ds_released": (1.052, 0.02), "ds_dense_first": (1.02, 0.01), "exact": (1.01, 0.0),
+    "quest": (1.1, 0.1), "h2o": (1.3, 0.5), "streaming": (1.25, 0.4),
 }  # fmt: skip
 HARDER = {4: 0.1, 8: 0.4, 16: 1.0, 32: 14.0}  # the loss at a ratio, over that at 16
-UNEVEN = (0.0, 0.5, 1.0, 6.0)  # the loss of a task over the mean one
+UNEVEN = (0.0, 0.5, 6.0)  # the loss of a task over the mean one
 DENSE = 5.5
 
 Pair = Callable[[], tuple[dict, dict]]
@@ -204,6 +204,7 @@ SABOTAGE: dict[str, Pair] = {
     "channels-are-not-chance": lambda: (rankings(0.01), rankings(1000.0)),
     "ranked-channels-beat-random-ones": as_another("ds", "ds_random"),
     "the-slip-costs-little": as_another("ds_released", "ds_q"),
+    "eight-channels-cost-less-than-one": as_another("ds_128", "ds_random"),
     "dense-first-layers-help": as_another("ds_dense_first", "ds"),
     "four-bits-cost-little": as_another("ds_4bit", "ds_q"),
     **both("beats-h2o-on-text", as_another("ds", "h2o")),
@@ -211,7 +212,7 @@ SABOTAGE: dict[str, Pair] = {
     "beats-h2o-at-tasks": as_another("ds", "h2o"),
     "beats-streaming-at-tasks": as_another("ds", "streaming"),
     "tasks-keep-their-skill": as_another("ds", "h2o"),
-    "loss-depends-on-the-task": changed(uneven=(1.0, 1.0, 1.0, 1.0)),
+    "loss-depends-on-the-task": changed(uneven=(1.0, 1.0, 1.0)),
     "the-dense-model-can-do-the-tasks": changed(can=0.5),
     **both("attention-is-at-least-four-times-as-fast", lambda: (times(), times(large=(1, 1.5, 2)))),
     **both("longer-contexts-gain-more", lambda: (times(), times(large=(8, 5, 3)))),
