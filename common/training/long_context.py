@@ -60,7 +60,7 @@ class Recipe:
 
 
 # `large` and `small` take about five minutes each on one core; the others take seconds and learn nothing to speak of
-LENGTHS = ((48, 16, 700), (96, 8, 350), (256, 3, 350), (512, 2, 250))
+LENGTHS = ((48, 16, 600), (96, 8, 300), (256, 3, 350), (512, 2, 400))
 RECIPES = {
     "large": Recipe(64, 3, 2, 3e-3, LENGTHS),
     "small": Recipe(64, 2, 2, 3e-3, LENGTHS),
