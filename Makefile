@@ -45,7 +45,7 @@ test: setup-peers ## run the whole test suite
 # The sanitizers' runtime must be the first library of the process, and libstdc++ there for its __cxa_throw to be found.
 # Python never gives back all its memory: no leak check. --capture=sys lets the report of a dying process through.
 # Left out: the Triton kernels and the references (none of our C++, slow) and the benchmarks (other people's code, memory
-# as the sanitizer needs it). The second round is of the 16-lane code, which a processor without AVX-512 would not run.
+# as the sanitizer needs it). The second round is of the 16-lane code and the tiles, which few processors would run.
 test-sanitize: setup ## run the kernels' tests under the address and undefined-behaviour sanitizers (GCC)
 	@cmake -S kernels -B build/sanitize -G Ninja -DKERNELS_SANITIZE=ON \
 		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
@@ -56,7 +56,7 @@ test-sanitize: setup ## run the kernels' tests under the address and undefined-b
 	export KERNELS_NATIVE=$(CURDIR)/build/sanitize LD_PRELOAD="$$asan $$stdcxx" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
 	python -c "from kernels import info; k = info(); assert k['sanitized'], k; print('resparse: sanitized', k['isa'])" && \
-	for isa in "" emulated512; do \
+	for isa in "" emulated_amx; do \
 		KERNELS_ISA=$$isa python -m pytest -q --capture=sys tests/kernels \
 			--ignore-glob='*_triton.py' --ignore-glob='*_reference*.py' --ignore=tests/kernels/test_bench.py || exit 1; \
 	done

@@ -2,7 +2,8 @@
 
 Where it is looked for, first hit wins: the folder KERNELS_NATIVE if set, else beside this file, then wherever the
 package was installed. Environment: KERNELS_NATIVE (folder of another build, e.g. build/sanitize), KERNELS_ISA
-(portable, avx2, avx512 or, for tests, emulated512: the instruction set), KERNELS_BACKEND (see `kernels._dispatch`).
+(portable, avx2, avx512, amx or, for tests, emulated512 and emulated_amx: the instruction set), KERNELS_BACKEND (see
+`kernels._dispatch`).
 """
 
 from __future__ import annotations

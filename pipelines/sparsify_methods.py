@@ -95,6 +95,14 @@ def prune(task: Task, network: nn.Module, layers: list[str], options: Options) -
     return training.finish()
 
 
+def untrained(task: Task, network: nn.Module, layers: list[str], options: Options) -> float:
+    """The score of a copy that is pruned by magnitude and not trained: what a training has to be better than."""
+    bare = copy.deepcopy(network)
+    with as_one_line():
+        prune_(bare, options.n, options.m, method="magnitude", where=layers)
+    return task.score(bare, "pruned, not trained")
+
+
 @dataclass
 class _Training:
     """What a method brings to the loop: optimizer and peak learning rate, the loss, what follows each step, what ends

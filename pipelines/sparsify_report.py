@@ -38,9 +38,11 @@ class Speed:
 
 @dataclass
 class Findings:
-    """What is measured, in the order in which it comes to be known; `report.json` holds it."""
+    """What is measured, in the order in which it comes to be known; `report.json` holds it. `untrained`, of a training
+    alone: the model pruned by magnitude and not trained."""
 
     before: float
+    untrained: float | None = None
     pruned: float = 0.0
     loaded: float = 0.0
     difference: float = 0.0
@@ -65,7 +67,7 @@ def compare(task: Task, dense: nn.Module, loaded: nn.Module, dtype: torch.dtype,
             f"the loaded model computes something else: outputs differ by up to {found.difference:.3g}, of up to "
             f"{found.largest:.3g}; the folder is kept for a look; please report this"
         )
-    found.pruned, found.loaded = task.score(dense), task.score(loaded)
+    found.pruned, found.loaded = task.score(dense, "pruned"), task.score(loaded, "loaded")
 
 
 def measure(task: Task, dense: nn.Module, loaded: nn.Module, dtype: torch.dtype) -> list[Speed]:
@@ -146,10 +148,26 @@ def _summary(task: Task, found: Findings, options: Options) -> list[str]:
     unit = task.unit
     return [
         f"{task.metric} on held-out data: {found.before:.4g}{unit} before, {found.loaded:.4g}{unit} after",
+        *_warning(task, found, options),
         f"loaded back: {task.metric} {found.loaded:.6g}{unit}, {found.pruned:.6g}{unit} before it was packed; outputs "
         f"differ by up to {found.difference:.2g}, of up to {found.largest:.3g}",
         f"file: {WEIGHTS}, {(options.out / WEIGHTS).stat().st_size / 2**20:.2f} MiB",
         *_verdict(found),
+    ]
+
+
+def _warning(task: Task, found: Findings, options: Options) -> list[str]:
+    """Of a training that left the model worse than pruning alone would have."""
+    if found.untrained is None:
+        return []
+    gain = found.loaded - found.untrained if task.larger_is_better else found.untrained - found.loaded
+    if gain >= 0:  # not so with NaN
+        return []
+    lr = f"--lr {options.lr / 10:g} instead of {options.lr:g}" if options.lr else "a smaller --lr"
+    return [
+        f"warning: the trained model is worse than an untrained one: {task.metric} {found.loaded:.4g}{task.unit} after "
+        f"{options.steps} steps, expected better than the {found.untrained:.4g}{task.unit} of pruning by magnitude "
+        f"alone; next, with another --out: {lr}, more --steps, or --method wanda, which does not train"
     ]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from tqdm import tqdm
 
 from common import data as datasets
 from common import seeds
@@ -61,6 +64,7 @@ class Task(Protocol):
 
     metric: str
     unit: str
+    larger_is_better: bool
     describe: str
     fingerprint: str
 
@@ -68,7 +72,7 @@ class Task(Protocol):
     def batches(self, steps: int, done: int) -> Iterator[Any]: ...
     def predict(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]: ...
     def probe(self) -> Any: ...
-    def score(self, network: nn.Module) -> float: ...
+    def score(self, network: nn.Module, title: str) -> float: ...
     def run(self, network: nn.Module, inputs: Tensor) -> Tensor: ...
     def samples(self) -> dict[str, Tensor]: ...
 
@@ -76,6 +80,11 @@ class Task(Protocol):
 def open_task(opened: Opened, options: Options) -> Task:
     """The task of such a model. Raises SparsifyError where data and model do not fit."""
     return Text(opened, options) if opened.kind == "causal_lm" else Images(opened, options)
+
+
+def bar(iterable: Iterable[Any], title: str) -> tqdm:
+    """A plain bar over what has a length."""
+    return tqdm(iterable, title, file=sys.stdout, ascii=True)
 
 
 def loss(task: Task, network: nn.Module, batch: Any) -> Tensor:
@@ -90,7 +99,7 @@ def loss(task: Task, network: nn.Module, batch: Any) -> Tensor:
 class Text:
     """Next-token prediction in windows of a text. Batches are windows [B, length + 1] int64."""
 
-    metric, unit = "perplexity", ""
+    metric, unit, larger_is_better = "perplexity", "", False
 
     def __init__(self, opened: Opened, options: Options):
         limit = opened.context
@@ -130,10 +139,11 @@ class Text:
     def probe(self) -> Tensor:
         return self.held.unfold(0, self.length + 1, self.length)[:COMPARED]
 
-    def score(self, network: nn.Module) -> float:
+    def score(self, network: nn.Module, title: str) -> float:
         model = CausalLM(network).train(network.training)  # it is put back into the mode that it seems to have
         try:
-            return perplexity(model, self.held, context=self.length, batch=self.options.batch)
+            shown = partial(bar, title=title)
+            return perplexity(model, self.held, context=self.length, batch=self.options.batch, progress=shown)
         except OverflowError as error:
             raise SparsifyError(
                 "the perplexity on held-out data is more than a number can hold: the model's weights are broken"
@@ -200,7 +210,7 @@ def _encode(opened: Opened, text: str) -> Tensor:
 class Images:
     """Classification of the images of a folder. Batches are (pixels float32 [B, 3, S, S], labels int64 [B])."""
 
-    metric, unit = "accuracy", " %"
+    metric, unit, larger_is_better = "accuracy", " %", True
 
     def __init__(self, opened: Opened, options: Options):
         self.options, size = options, options.size or opened.size
@@ -224,7 +234,7 @@ class Images:
         draw = seeds.generator(self.options.seed, "calibration")
         chosen = torch.randperm(len(self.train), generator=draw)[: self.options.calibration]
         with seeds.isolated("calibration"):  # the random crops
-            parts = [_load(self.train, part) for part in chosen.split(self.options.batch)]
+            parts = [_load(self.train, part) for part in bar(chosen.split(self.options.batch), "calibration images")]
         return [(pixels.to(self.options.device),) for pixels, _ in parts]
 
     def batches(self, steps: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -240,9 +250,9 @@ class Images:
     def probe(self) -> tuple[Tensor, Tensor]:
         return _load(self.held, torch.arange(min(COMPARED, len(self.held))))
 
-    def score(self, network: nn.Module) -> float:
+    def score(self, network: nn.Module, title: str) -> float:
         parts = torch.arange(len(self.held)).split(self.options.batch)
-        return accuracy(network, (_load(self.held, part) for part in parts))
+        return accuracy(network, (_load(self.held, part) for part in bar(parts, title)))
 
     def run(self, network: nn.Module, inputs: Tensor) -> Tensor:
         found = network(inputs)

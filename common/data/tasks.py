@@ -6,8 +6,9 @@ questions. A sequence is
 
     [task] prompt, filled to its end by distractors [ASK] | question answer question answer ...
 
-The part behind the bar is `queries` times a question of one token (`filter`: two) and its answer. A causal model
-predicts each answer from what stands before it; a masked-diffusion model sees MASK in its place.
+The part behind the bar is `queries` times a question of one token (`filter`: two), its answer, and `gap` tokens that
+say nothing, so that questions that need different places of the prompt can stand apart. A causal model predicts each
+answer from what stands before it; a masked-diffusion model sees MASK in its place.
 
     retrieve   pairs `key value`, each key once        `key`: its value
     track      `SET a value`, `SET b a`, `SET c b`     `c`: the value at the start of its chain
@@ -71,6 +72,7 @@ def draw(
     generator: Generator,
     queries: int = 8,
     hops: int = 2,
+    gap: int = 0,
     announce: bool = False,
 ) -> TaskBatch:
     """A batch of sequences of exactly `length` tokens, no padding; the same for the same state of the generator.
@@ -79,6 +81,7 @@ def draw(
         task: one of `TASKS`.
         queries: questions asked of each prompt; for `common` at most 8, for `filter` also the number of chapters.
         hops: of `track`: a chain is a variable that gets a value and so many others, each set to the one before.
+        gap: filler behind each answer.
         announce: all questions stand once more at the prompt's end, `... ASK question question ... ASK`, as they do in
             benchmarks; methods that thin out a prompt once, before the first answer, may look at them there.
 
@@ -86,11 +89,13 @@ def draw(
     """
     if task not in MARKS:
         raise ValueError(f"tasks.draw: got task {task!r}; expected one of {', '.join(TASKS)}")
-    if batch < 1 or queries < 1 or hops < 0:
-        raise ValueError(f"tasks.draw: got batch={batch}, queries={queries}, hops={hops}; expected at least 1, 1 and 0")
-    question = 2 if task == "filter" else 1
-    extra = queries * question + 1 if announce else 0
-    room = length - 2 - queries * (question + 1) - extra  # without the mark and ASK
+    if batch < 1 or queries < 1 or hops < 0 or gap < 0:
+        raise ValueError(
+            f"tasks.draw: got batch={batch}, queries={queries}, hops={hops}, gap={gap}; expected at least 1, 1, 0 and 0"
+        )
+    size = (3 if task == "filter" else 2) + gap  # of a question, its answer and the gap
+    extra = queries * (size - gap - 1) + 1 if announce else 0
+    room = length - 2 - queries * size - extra  # without the mark and ASK
     chance = random.Random(int(torch.randint(2**62, (), generator=generator)))
     makers: dict[str, Callable[[], tuple[list[int], list[list[int]]]]] = {
         "retrieve": lambda: _retrieve(room, queries, chance),
@@ -102,9 +107,10 @@ def draw(
     for _ in range(batch):
         prompt, asked = makers[task]()
         once_more = [*itertools.chain(*(one[:-1] for one in asked)), ASK] if announce else []
-        rows.append([MARKS[task], *prompt, ASK, *once_more, *itertools.chain(*asked)])
+        behind = [[*question, *chance.choices(FILLER, k=gap)] for question in asked]
+        rows.append([MARKS[task], *prompt, ASK, *once_more, *itertools.chain(*behind)])
     answers = torch.zeros(batch, length, dtype=torch.bool)
-    answers[:, length - 1 - torch.arange(queries) * (question + 1)] = True
+    answers[:, length - 1 - gap - torch.arange(queries) * size] = True
     return TaskBatch(task, torch.tensor(rows), answers, room + 2 + extra)
 
 

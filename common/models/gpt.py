@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,17 +76,26 @@ def next_token_loss(network: nn.Module, window: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def perplexity(network: nn.Module, tokens: Tensor, *, context: int, batch: int = 32) -> float:
+def perplexity(
+    network: nn.Module,
+    tokens: Tensor,
+    *,
+    context: int,
+    batch: int = 32,
+    progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] | None = None,
+) -> float:
     """exp of the mean cross-entropy over a text, tokens [T], cut into windows of context + 1 that meet in one token.
 
     Every token after the first is predicted once, from between 1 and `context` tokens before it; a last window that is
-    not full is left out. In evaluation mode, on the network's device. Raises ValueError for too short a text.
+    not full is left out. In evaluation mode, on the network's device; `progress` draws a bar over the batches. Raises
+    ValueError for too short a text.
     """
     if tokens.ndim != 1 or len(tokens) <= context:
         raise ValueError(f"perplexity: got tokens {list(tokens.shape)}; expected [T] with T > context = {context}.")
     windows = tokens.unfold(0, context + 1, context)  # [W, context + 1]
     device, was_training = next(network.parameters()).device, network.training
     network.eval()
-    total = sum(next_token_loss(network, part.long().to(device)).item() * len(part) for part in windows.split(batch))
+    parts = progress(windows.split(batch)) if progress else windows.split(batch)
+    total = sum(next_token_loss(network, part.long().to(device)).item() * len(part) for part in parts)
     network.train(was_training)
     return math.exp(total / len(windows))

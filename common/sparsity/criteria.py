@@ -23,13 +23,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import nm
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["Pattern", "inputs_as_matrix", "prune_", "sparsegpt"]
 
@@ -90,7 +93,7 @@ def prune_(
     n, m         keep n of every m inputs; or `sparsity`, the share of zeros: of a layer (magnitude), of each of its
                  rows (wanda), of each of its blocks of columns (sparsegpt), as the authors take it
     calibration  what wanda and sparsegpt look at: batches, each a tensor, a tuple of positional or a mapping of keyword
-                 arguments of the model; they are held in memory and run through the model several times
+                 arguments of the model; they are held in memory and run through the model once for each of its blocks
     where        layers by name: glob patterns, or a predicate of name and module; None: every Linear and Conv2d whose
                  inputs m divides, but the last one, which in the papers stays dense as the head
     damping      of sparsegpt's Hessian, relative to the mean of its diagonal
@@ -119,14 +122,14 @@ def prune_(
 
     _refuse_grouped(layers, method)
     masks: dict[str, Tensor] = {}
-    with (
-        _evaluating(model),
-        tqdm(total=len(layers), desc=method, file=sys.stdout, ascii=True, disable=not progress) as bar,
-    ):
+    with _evaluating(model), tqdm(desc=method, file=sys.stdout, ascii=True, disable=not progress) as bar:
         stages = _stages(model, layers, batches)
+        bar.reset(len(stages) * len(batches) + len(layers))  # passes of the calibration, and what follows them
         for index, stage in enumerate(stages):
             later = [layers[name] for names in stages[index + 1 :] for name in names]
-            seen = _watch(model, {name: layers[name] for name in stage}, later, batches, gram=method == "sparsegpt")
+            seen = _watch(
+                model, {name: layers[name] for name in stage}, later, batches, bar, gram=method == "sparsegpt"
+            )
             for name in stage:
                 layer, statistics = layers[name], seen.pop(name)
                 if method == "wanda":
@@ -319,7 +322,7 @@ def _block(model: nn.Module, name: str) -> str:
 
 
 def _watch(
-    model: nn.Module, stage: Mapping[str, Layer], later: Sequence[Layer], batches: list[Any], *, gram: bool
+    model: nn.Module, stage: Mapping[str, Layer], later: Sequence[Layer], batches: list[Any], bar: tqdm, *, gram: bool
 ) -> dict[str, Tensor]:
     """X^T X [K, K] of each layer of the stage over all batches, or its diagonal [K] alone; float32 at least."""
     watcher = _Watcher(stage, gram=gram)
@@ -332,6 +335,7 @@ def _watch(
             watcher.begin_batch()
             with suppress(_Enough):
                 _run(model, batch)
+            bar.update()
     return watcher.sums
 
 

@@ -152,7 +152,7 @@ class Gradual(Recipe):
 
     def masks(self, weight: Tensor, rule: Rule, axis: Axis, step: int, previous: Masks | None) -> Masks:
         alive = weight.detach() if previous is None else weight.detach() * previous.kept
-        return Masks(largest(alive, rule.n, rule.m, axis))
+        return Masks(largest(alive, rule.n, rule.m, axis, rule.vector))
 
 
 def _stage(stages: list[tuple[int, int]], share: float, grad_mode: GradMode) -> Rule:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.sparsity import ops
 from common.sparsity.rules import Axis, Masks, Rule
+from kernels.nm.tensor import pattern
 
 __all__ = ["NMConv2d", "NMLayer", "NMLinear"]
 
@@ -58,8 +59,9 @@ class NMLayer(nn.Module):
         return effective, None if self.back is None else self.weight.detach() * self.back
 
     def extra_repr(self) -> str:
-        pattern = "dense" if self.rule.dense else f"{self.rule.n}:{self.rule.m} along {self.axis}"
-        return f"{super().extra_repr()}, {pattern}"
+        rule = self.rule
+        about = "dense" if rule.dense else f"{pattern(rule.n, rule.m, rule.vector)} along {self.axis}"
+        return f"{super().extra_repr()}, {about}"
 
 
 class NMLinear(NMLayer, nn.Linear):

@@ -3,8 +3,8 @@
 The header (safetensors' metadata) says which layout the file has:
 
     format    resparse-nm
-    version   1
-    layers    JSON: {layer: {"n", "m", "axis", "shape"}}
+    version   1, or 2 where a layer has a vector, which readers of 1 do not know
+    layers    JSON: {layer: {"n", "m", "axis", "shape"}}, and "vector" where rows share their places
 
 A packed weight `L.weight` is stored as `L.weight.values` and `L.weight.places`, laid out as `kernels.nm.NMTensor` has
 them, so a product can read them as they are. Groups lie along the layer's axis; a convolution's rows run over its other
@@ -16,6 +16,7 @@ channel axis and the kernel positions.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from kernels.nm.tensor import NIBBLES
 
 __all__ = ["PackedFileError", "PackedLinear", "load_packed", "pack_", "save_packed"]
 
-FORMAT, VERSION = "resparse-nm", "1"
+FORMAT, VERSION, WITH_VECTORS = "resparse-nm", "1", "2"
 LARGEST_M = 256
 
 
@@ -47,7 +48,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: nm.NMTensor, bias: Tensor | None, *, dense: bool | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.n, self.m, self.dense = weight.n, weight.m, dense
+        self.n, self.m, self.vector, self.dense = weight.n, weight.m, weight.vector, dense
         self.values = nn.Parameter(weight.values)
         self.register_buffer("places", weight.places)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -56,13 +57,14 @@ class PackedLinear(nn.Module):
     def weight(self) -> nm.NMTensor:
         """The packed weight, of the parameter's own memory."""
         assert isinstance(self.places, Tensor)
-        return nm.NMTensor(self.values, self.places, (self.out_features, self.in_features), self.n, self.m)
+        shape = (self.out_features, self.in_features)
+        return nm.NMTensor(self.values, self.places, shape, self.n, self.m, self.vector)
 
     def forward(self, input: Tensor) -> Tensor:
         return nm.linear(input, self.weight, self.bias, dense=self.dense)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.n}:{self.m} packed"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.pattern} packed"
 
 
 def pack_(model: nn.Module, *, dtype: torch.dtype | None = None) -> list[str]:
@@ -99,15 +101,17 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NMLayer)}
     if not layers:
         raise ValueError("save_packed: the model has no sparse layer; expected one that sparsify_ was applied to")
-    tensors, header = dict(model.state_dict()), {}
+    tensors, header, version = dict(model.state_dict()), {}, VERSION
     for name, layer in layers.items():
         packed, key = _packed(name, layer), _weight(name)
         del tensors[key]
         tensors[f"{key}.values"], tensors[f"{key}.places"] = packed.values, packed.places
         header[name] = {"n": packed.n, "m": packed.m, "axis": layer.axis, "shape": list(layer.weight.shape)}
+        if packed.vector > 1:
+            header[name]["vector"], version = packed.vector, WITH_VECTORS
     # clones: safetensors refuses tensors that share memory, such as tied weights
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(header)}
+    metadata = {"format": FORMAT, "version": version, "layers": json.dumps(header)}
     files.write(Path(path), save(content, metadata))
 
 
@@ -149,10 +153,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise PackedFileError(f"{path} cannot be read ({error}): it is cut short or no safetensors file") from None
     if metadata.get("format") != FORMAT:
         raise PackedFileError(f"{path} is no packed N:M model; expected the format {FORMAT!r} in its header")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in (VERSION, WITH_VECTORS):
         raise PackedFileError(
-            f"{path} has version {metadata.get('version')!r} of the packed format; this code reads {VERSION!r}: save "
-            "the model again, or use the release that wrote it"
+            f"{path} has version {metadata.get('version')!r} of the packed format; this code reads {VERSION!r} and "
+            f"{WITH_VECTORS!r}: save the model again, or use the release that wrote it"
         )
     try:
         layers = dict(json.loads(metadata["layers"]))
@@ -171,14 +175,16 @@ def _unpacked(path: Path, tensors: dict[str, Tensor], name: str, about: Any) -> 
         shape, axis = torch.Size(about["shape"]), about["axis"]
         columns = shape[DIMENSION[axis]]
         values, places = tensors.pop(f"{key}.values"), tensors.pop(f"{key}.places")
-        packed = nm.NMTensor(values, places, (shape.numel() // columns, columns), about["n"], about["m"])
-        ones = nm.NMTensor(torch.ones_like(values), places, packed.shape, packed.n, packed.m)
+        rows, vector = shape.numel() // columns, about.get("vector", 1)
+        packed = nm.NMTensor(values, places, (rows, columns), about["n"], about["m"], vector)
+        ones = replace(packed, values=torch.ones_like(values))
         if not values.is_floating_point():
             raise TypeError(f"values of {values.dtype}")
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, LookupError) else str(error)
         raise PackedFileError(f"{path} is damaged at layer {name!r} ({what}); save the model again") from error
-    both = places if packed.m > NIBBLES else torch.maximum(places & 15, places >> 4)
+    nibbles = packed.m <= NIBBLES and packed.vector == 1
+    both = torch.maximum(places & 15, places >> 4) if nibbles else places
     if both.numel() and int(both.max()) >= packed.m:
         raise PackedFileError(
             f"{path} is damaged at layer {name!r} (a place of {int(both.max())} in groups of {packed.m}); save the "
@@ -194,7 +200,7 @@ def _packed(name: str, layer: NMLayer, dtype: torch.dtype | None = None) -> nm.N
     if rule.m > LARGEST_M:
         raise ValueError(f"{name!r} is {rule.n}:{rule.m}; expected m of at most {LARGEST_M} to pack it")
     weight, kept = (_rows(tensor.detach(), layer.axis) for tensor in (layer.weight, layer.kept))
-    return nm.pack(weight, rule.n, rule.m, kept, dtype=dtype)
+    return nm.pack(weight, rule.n, rule.m, kept, vector=rule.vector, dtype=dtype)
 
 
 def _weight(layer: str) -> str:

@@ -10,19 +10,16 @@ from torch import nn
 from common.sparsity.layers import NMLayer
 from common.sparsity.packed import PackedLinear
 from kernels import nm
+from kernels.nm.tensor import pattern
 
 __all__ = ["LayerReport", "Report", "report"]
-
-# Weights of the smallest layer that the table of kernels.nm.speedup, made with 2048 x 2048, is taken to speak of. In
-# smaller ones the call takes longer than the product: with 512 x 512 at one token packed 2:8 is slower than dense.
-LEAST = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One sparse layer. `speedup`: of its packed product over torch's dense one of the same dtype at `Report.tokens`,
-    as kernels.nm.speedup knows it; 1 where no packed product serves it; None where nothing was measured, or for a
-    layer smaller than what was."""
+    as kernels.nm.speedup knows it; 1 where no packed product serves it; None where nothing was measured that it could
+    be held against."""
 
     name: str
     pattern: str
@@ -58,11 +55,11 @@ class Report:
 
     def __str__(self) -> str:
         width = max([5, *(len(layer.name) for layer in self.layers)])
-        header = f"{'layer':{width}}  pattern    weights     kept   dense KiB  packed KiB"
+        header = f"{'layer':{width}}  pattern       weights     kept   dense KiB  packed KiB"
         lines = [f"{header}  expected speed-up at {_told(self.tokens)}"]
         for layer in self.layers:
             lines.append(
-                f"{layer.name:{width}}  {layer.pattern:7}{layer.weights:11,}{layer.kept / layer.weights:9.1%}"
+                f"{layer.name:{width}}  {layer.pattern:10}{layer.weights:11,}{layer.kept / layer.weights:9.1%}"
                 f"{layer.dense_bytes / 1024:12,.1f}{layer.packed_bytes / 1024:12,.1f}  {layer.note}"
             )
         lines.append(
@@ -114,28 +111,28 @@ def report(model: nn.Module, *, tokens: int = 1) -> Report:
 def _layer(name: str, layer: NMLayer | PackedLinear, tokens: int) -> LayerReport:
     if isinstance(layer, PackedLinear):
         weight = layer.weight
-        n, m, count, dtype, packed = layer.n, layer.m, weight.shape[0] * weight.shape[1], weight.dtype, weight.nbytes
-        served = True
+        n, m, vector, shape, dtype, packed = layer.n, layer.m, layer.vector, weight.shape, weight.dtype, weight.nbytes
+        count, served = shape[0] * shape[1], True
     else:
         if layer.kept is None or layer.rule.beta > 0:
             raise ValueError(f"report: {name!r} has no hard mask yet; call finalize_() on its handle first")
-        n, m, count, dtype = layer.rule.n, layer.rule.m, layer.weight.numel(), layer.weight.dtype
-        kept = count * n // m
-        packed = kept * layer.weight.element_size() + (kept // 2 if m <= 16 else kept)
+        n, m, vector = layer.rule.n, layer.rule.m, layer.rule.vector
+        count, dtype = layer.weight.numel(), layer.weight.dtype
+        kept, shape = count * n // m, (layer.weight.shape[0], count // layer.weight.shape[0])
+        places = -(-shape[0] // vector) * shape[1] * n // m if vector > 1 else kept // 2 if m <= 16 else kept
+        packed = kept * layer.weight.element_size() + places
         served = isinstance(layer, nn.Linear) and layer.axis == "in"
-    ratio = 1.0 if not served else nm.speedup(n, m, tokens, dtype) if count >= LEAST else None
+    ratio = nm.speedup(n, m, tokens, dtype, shape=shape, vector=vector) if served else 1.0
     if not served:
         note = "none: no packed product for this kind of layer"
-    elif count < LEAST:
-        note = "unknown: smaller than what was measured"
     elif ratio is None:
-        note = "unknown: not measured here, run kernels.nm.autotune()"
+        note = "unknown: not measured here, see kernels.nm.autotune()"
     elif ratio < 1:
         note = f"none: below the crossover ({ratio:.2f}), runs dense"
     else:
         note = f"{ratio:.2f}"
     size = torch.finfo(dtype).bits // 8
-    return LayerReport(name, f"{n}:{m}", count, count * n // m, count * size, packed, ratio, note)
+    return LayerReport(name, pattern(n, m, vector), count, count * n // m, count * size, packed, ratio, note)
 
 
 def _told(tokens: int) -> str:

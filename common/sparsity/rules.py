@@ -27,6 +27,7 @@ class Rule:
     """One step's numbers: n of every m are kept (n = m: a dense layer), `beta`, `decay` (lambda) and g.
 
     `both_axes`: the weight of the input gradient is n:m along the axis that this product contracts.
+    `vector`: rows that keep the same columns; the handle sets it.
     """
 
     n: int
@@ -35,6 +36,7 @@ class Rule:
     decay: float = 0.0
     grad_mode: GradMode = "ste"
     both_axes: bool = False
+    vector: int = 1
 
     @property
     def dense(self) -> bool:
@@ -69,12 +71,13 @@ class Recipe(abc.ABC):
 
     def masks(self, weight: Tensor, rule: Rule, axis: Axis, step: int, previous: Masks | None) -> Masks:
         """The masks of a weight [O, I] or [O, I, kh, kw]: here the n largest magnitudes of every m along the axis."""
-        return Masks(largest(weight, rule.n, rule.m, axis))
+        return Masks(largest(weight, rule.n, rule.m, axis, rule.vector))
 
 
-def largest(weight: Tensor, n: int, m: int, axis: Axis) -> Tensor:
-    """The mask that keeps the n largest magnitudes of every m channels along an axis, at each kernel position."""
-    return nm.mask(weight.detach(), n, m, DIMENSION[axis])
+def largest(weight: Tensor, n: int, m: int, axis: Axis, vector: int = 1) -> Tensor:
+    """The mask that keeps the n largest magnitudes of every m channels along an axis, at each kernel position; or their
+    largest sums over vectors of rows."""
+    return nm.mask(weight.detach(), n, m, DIMENSION[axis], vector=vector)
 
 
 def other(axis: Axis) -> Axis:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from common.sparsity.layers import SPARSE, NMLayer, make_dense, make_sparse
 from common.sparsity.recipes import SRSTE, Fixed
 from common.sparsity.rules import DIMENSION, Axis, Masks, Recipe, Rule, other
+from kernels.nm.tensor import VECTORS, is_shared
 
 if TYPE_CHECKING:
     from common.sparsity.meters import Meter
@@ -39,6 +40,8 @@ class NMConfig:
               divides, but the last one, which in the papers stays dense as the head
     recipe    see recipes.py and flows.py
     refresh   steps between two searches of the masks; a schedule that changes the pattern is always followed at once
+    vector    16, 32, 64, 128 or 256 outputs keep the same inputs, those with the largest sums of magnitudes, so that
+              the packed product is a dense one of n/m of the size (see kernels.nm.pack). For Linear layers along `in`
 
     Raises ValueError for numbers out of range, TypeError for a recipe that is none.
     """
@@ -49,6 +52,7 @@ class NMConfig:
     where: Where | None = None
     recipe: Recipe = SRSTE()  # noqa: RUF009  (frozen)
     refresh: int = 1
+    vector: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
@@ -59,6 +63,13 @@ class NMConfig:
             raise ValueError(f"NMConfig: got refresh {self.refresh}; expected 1 step or more between two searches")
         if not isinstance(self.recipe, Recipe):
             raise TypeError(f"NMConfig: got recipe {self.recipe!r}; expected one of common.sparsity, such as SRSTE()")
+        if self.vector not in VECTORS:
+            raise ValueError(f"NMConfig: got vector {self.vector}; expected one of {VECTORS}")
+        if self.vector > 1 and (self.axis != "in" or self.recipe.both_axes):
+            raise ValueError(
+                f"NMConfig: got vector {self.vector} with axis {self.axis!r} and {type(self.recipe).__name__}; "
+                "expected axis 'in' and a recipe of one mask, such as SRSTE(), STE() or Fixed(); or leave vector out"
+            )
 
 
 def sparsify_(model: nn.Module, config: NMConfig) -> Sparsity:
@@ -90,7 +101,7 @@ class Sparsity:
         self.config, self.skipped, self.steps, self.recipe = config, skipped, 0, config.recipe
         self.meters: list[Meter] = []
         self._hooks = _keep_off_the_fast_path(model, chosen)
-        start = self.recipe.rule(0, config.n, config.m)
+        start = self._rule()
         self.layers: dict[str, NMLayer] = {
             name: make_sparse(layer, start, config.axis) for name, layer in chosen.items()
         }
@@ -101,7 +112,7 @@ class Sparsity:
         for meter in self.meters:
             meter.before_step(self)
         self.steps += 1
-        self._follow(self.recipe.rule(self.steps, self.config.n, self.config.m))
+        self._follow(self._rule())
         for meter in self.meters:
             meter.after_step(self)
 
@@ -127,8 +138,8 @@ class Sparsity:
 
     def finalize_(self) -> None:
         """From now on every layer uses the hard mask n:m, wherever the schedule was; later steps keep it."""
-        rule = self.recipe.rule(self.steps, self.config.n, self.config.m)
-        hard = Rule(self.config.n, self.config.m, grad_mode="scaled", both_axes=rule.both_axes)
+        rule = self._rule()
+        hard = replace(rule, n=self.config.n, m=self.config.m, beta=0.0, decay=0.0, grad_mode="scaled")
         if hard.dense:
             return
         for layer in self.layers.values():
@@ -168,11 +179,15 @@ class Sparsity:
             other_names = sorted(set(state["masks"]) ^ set(self.layers))
             raise ValueError(f"load_state_dict: these layers are only in one of checkpoint and model: {other_names}")
         self.steps = state["steps"]
-        rule = self.recipe.rule(self.steps, self.config.n, self.config.m)
+        rule = self._rule()
         for name, layer in self.layers.items():
             stored = state["masks"][name] or {}
             masks = {key: mask.to(layer.weight.device) for key, mask in stored.items() if mask is not None}
             layer.apply_rule(rule, Masks(**masks) if masks else None)
+
+    def _rule(self) -> Rule:
+        rule = self.recipe.rule(self.steps, self.config.n, self.config.m)
+        return replace(rule, vector=self.config.vector)
 
     def _follow(self, rule: Rule) -> None:
         due = self.steps % self.config.refresh == 0
@@ -202,6 +217,11 @@ class Sparsity:
         most = int(mask.movedim(dim, -1).unflatten(-1, (-1, m)).sum(-1).max())
         if most > n:
             raise ValueError(f"set_masks: the mask of {name!r} keeps {most} of {m} somewhere; expected at most {n}")
+        if self.config.vector > 1 and not is_shared(mask, self.config.vector):
+            raise ValueError(
+                f"set_masks: the mask of {name!r} differs within {self.config.vector} rows; expected the same in every "
+                "vector of them, e.g. kernels.nm.mask(weight, n, m, vector=...)"
+            )
 
 
 def _choose(model: nn.Module, config: NMConfig) -> tuple[dict[str, Any], dict[str, str]]:
@@ -252,6 +272,8 @@ def _misfit(layer: nn.Module, config: NMConfig) -> str:
     for axis in axes:
         weight = layer.weight
         assert isinstance(weight, Tensor)
+        if config.vector > 1 and isinstance(layer, nn.Conv2d):
+            return "a convolution, and vectors are for Linear; leave vector out, or the layer"
         channels = weight.shape[DIMENSION[axis]]
         if axis == "out" and isinstance(layer, nn.Conv2d):
             channels //= layer.groups  # a group of weights must not reach across groups of the convolution

@@ -8,7 +8,8 @@ tile once (`search`), choose (`select_blocks`), attend to the chosen ones (`bloc
 choice has aged measure again with the log-sum-exp of before, at the price of half an attention (`block_scores`).
 
 Tensors are [batch, heads, length, head dim]; keys and values may have fewer heads that query heads share (grouped
-queries). float32 and bfloat16 on the CPU, float16 too on CUDA, float64 through the reference.
+queries). float32 and bfloat16 on the CPU, float16 too on CUDA, float64 through the reference. On CPUs with AMX bfloat16
+runs in tiles: weights are rounded to bfloat16 before they meet the values, sums are float32; gradients as elsewhere.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@
 // mask keeps, in runs of at most 64 that lie side by side in memory: blocks that touch are one run, padding ends one, so
 // the products never meet a key that does not count. The gradients take the same walk twice, once for each row of tiles
 // (dq) and once for each column (dk, dv): nothing is shared between tasks, and any number of threads gives the same bits.
+//
+// bfloat16 on a processor with tiles (but for the gradients): the present keys and values of some heads are packed into
+// tiles, block by block, and then all their queries walk along those.
 #include "cpu.h"
 
 #include <algorithm>
@@ -14,6 +17,7 @@
 #include <vector>
 
 #include "../simd/isa.h"
+#include "packed.h"
 #include "tile.h"
 
 #if defined(KERNELS_X86)
@@ -28,13 +32,23 @@ constexpr double kLn2 = 0.693147180559945309;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 const TileOps& tile_ops() {
-    switch (current_isa()) {
+    switch (current_lanes()) {
 #if defined(KERNELS_X86)
     case Isa::avx2: return avx2_tile_ops();
     case Isa::avx512: return avx512_tile_ops();
 #endif
     case Isa::emulated512: return emulated512_tile_ops();
     default: return portable_tile_ops();
+    }
+}
+
+const MatrixOps* matrix_ops() { // null where there are no tiles
+    switch (current_isa()) {
+#if defined(KERNELS_AMX)
+    case Isa::amx: return &amx_matrix_ops();
+#endif
+    case Isa::emulated_amx: return &emulated_amx_matrix_ops();
+    default: return nullptr;
     }
 }
 
@@ -57,19 +71,6 @@ uint16_t narrowed(float x) { // to the nearest, ties to even; NaN stays NaN
     if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-
-// Floats at the start of a cache line.
-class Buffer {
-public:
-    explicit Buffer(int64_t size) : lines_((size + 15) / 16) {}
-    float* data() { return lines_.data()->floats; }
-
-private:
-    struct alignas(64) Line {
-        float floats[16];
-    };
-    std::vector<Line> lines_;
-};
 
 // Rows [first, first + count) of a head, as floats: where they lie, or widened into `room` [64][depth].
 const float* rows_of(const TileOps& ops, Array array, int64_t head, int64_t length, int depth, int64_t first, int count, float* room) {
@@ -142,23 +143,44 @@ void all_runs(const Problem& p, int64_t batch, std::vector<Run>& runs) {
 // A thread's buffers (see tile.h), and rows as floats.
 struct Scratch {
     explicit Scratch(int depth)
-        : query(depth * kTile), gradient(depth * kTile), out(depth * kTile), second(depth * kTile), scores(kTile * kTile),
-          slopes(kTile * kTile), keys(depth * kTile), values(depth * kTile) {}
+        : query(depth * kTile), gradient(depth * kTile), out(round_up(depth, kStep) * kTile), second(depth * kTile), scores(kTile * kTile),
+          slopes(kTile * kTile), keys(depth * kTile), values(depth * kTile), queries(round_up(depth, kStep) * kTile), weights(kTile * kTile) {}
     Buffer query, gradient, out, second, scores, slopes, keys, values;
+    Halves queries, weights;
     alignas(64) float maximum[kTile], sum[kTile], factor[kTile], offset[kTile], shift[kTile];
     std::vector<Run> runs;
     std::vector<float> block_sums, block_maxima; // [runs][64]
 };
 
+// A thread's right to use tiles, if there are any.
+class TileUse {
+public:
+    explicit TileUse(const MatrixOps* ops) : ops_(ops) {
+        if (ops_) ops_->begin();
+    }
+    ~TileUse() {
+        if (ops_) ops_->end();
+    }
+    TileUse(const TileUse&) = delete;
+
+private:
+    const MatrixOps* ops_;
+};
+
+struct Range {
+    int64_t first, last;
+};
+
 // Calls body(scratch, task) for every task, in any order.
 template <class Body>
-void share(int64_t tasks, int depth, int threads, Body body) {
+void share(Range tasks, int depth, const MatrixOps* matrix, int threads, Body body) {
 #pragma omp parallel num_threads(threads)
     {
         const FlushSubnormals flush;
+        const TileUse use(matrix);
         Scratch scratch(depth);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; ++task) body(scratch, task);
+        for (int64_t task = tasks.first; task < tasks.last; ++task) body(scratch, task);
     }
 }
 
@@ -193,24 +215,109 @@ void store(const TileOps& ops, Buffer& buffer, const float* factor, ArrayOut arr
     for (int64_t i = 0; i < static_cast<int64_t>(side.count) * depth; ++i) bits[i] = narrowed(rows[i]);
 }
 
+// Queries, keys and values as they lie in memory; bfloat16 is widened run by run.
+struct Plain {
+    const TileOps& lanes;
+    const MatrixOps* matrix; // none
+    const Problem& p;
+    Array q, k, v;
+
+    void runs(const Mask* mask, const Row& row, std::vector<Run>& found) const {
+        if (mask) runs_of(p, *mask, row, found);
+        else all_runs(p, row.batch, found);
+    }
+    void begin(const Row& row, const Side& side, Scratch& s) const {
+        load(lanes, q, row.index(p), p.queries, p.depth, side, p.scale * kLog2E, s.keys, s.query);
+    }
+    void score(const Row& row, const Run& run, const Side& side, Scratch& s) const {
+        const float* keys = rows_of(lanes, k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
+        lanes.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
+    }
+    void weigh(const Run& run, const Side& side, float* block_sum, Scratch& s) const {
+        lanes.weigh(s.scores.data(), run.count, side.count, s.maximum, s.sum, block_sum, s.out.data(), p.depth);
+    }
+    void accumulate(const Row& row, const Run& run, const Side& side, Scratch& s) const {
+        const float* values = rows_of(lanes, v, row.key_head(p), p.keys, p.depth, run.first, run.count, s.values.data());
+        lanes.accumulate(values, run.count, p.depth, s.scores.data(), side.count, s.out.data());
+    }
+    void raise(const Run& run, const Side& side, Scratch& s) const {
+        lanes.raise_by_lane(s.scores.data(), run.count, side.count, s.offset, s.sum);
+    }
+};
+
+// The same in tiles; a run counts in slots.
+struct Tiled {
+    const TileOps& lanes;
+    const MatrixOps* matrix;
+    const Problem& p;
+    Array q;
+    const PackedKeys& packed;
+
+    void runs(const Mask* mask, const Row& row, std::vector<Run>& found) const {
+        found.clear();
+        if (!mask) {
+            for (int64_t block = 0; block < p.key_blocks(); ++block) append(row.batch, block, found);
+            return;
+        }
+        const int64_t at = mask_head(*mask, row.batch, row.head) * p.query_blocks() + row.block;
+        for (int32_t i = mask->starts[at]; i < mask->starts[at + 1]; ++i) append(row.batch, mask->columns[i], found);
+    }
+    void append(int64_t batch, int64_t block, std::vector<Run>& found) const {
+        const int count = packed.count(batch, block);
+        for (int first = 0; first < count; first += kTile)
+            found.push_back({packed.first_slot(block) + first, std::min(count - first, kTile), block});
+    }
+    void begin(const Row& row, const Side& side, Scratch& s) const {
+        const int64_t at = (row.index(p) * p.queries + side.first) * p.depth;
+        pack_queries(static_cast<const uint16_t*>(q.data) + at, side.count, p.depth, s.queries);
+    }
+    void score(const Row& row, const Run& run, const Side& side, Scratch& s) const {
+        matrix->product(packed.keys(row.key_head(p), run.first), run.count, packed.depth(), s.queries.data(), side.count, s.scores.data());
+    }
+    void weigh(const Run& run, const Side& side, float* block_sum, Scratch& s) const {
+        matrix->weigh(s.scores.data(), run.count, side.count, p.scale * kLog2E, s.maximum, s.sum, block_sum, s.out.data(), p.depth,
+                      s.weights.data());
+    }
+    void accumulate(const Row& row, const Run& run, const Side& side, Scratch& s) const {
+        matrix->accumulate(packed.values(row.key_head(p), run.first), run.count, packed.depth(), s.weights.data(), side.count, s.out.data());
+    }
+    void raise(const Run& run, const Side& side, Scratch& s) const {
+        matrix->raise(s.scores.data(), run.count, side.count, p.scale * kLog2E, s.offset, s.sum);
+    }
+};
+
+// Calls body(operands, tasks), the tasks being rows of tiles: all at once, or where keys and values (null: keys alone) are
+// packed those of as many key heads as their copies have room for.
+template <class Body>
+void with_operands(const Problem& p, Array q, Array k, const Array* v, int threads, Body body) {
+    constexpr int64_t kRoom = 1 << 25; // entries, 64 MiB
+    const int64_t heads = p.batch * p.key_heads, rows = p.heads / p.key_heads * p.query_blocks();
+    const MatrixOps* matrix = q.half && k.half && (!v || v->half) ? matrix_ops() : nullptr;
+    if (!matrix) return body(Plain{tile_ops(), nullptr, p, q, k, v ? *v : Array{}}, Range{0, heads * rows});
+    const int64_t head_entries = std::max<int64_t>(1, PackedKeys::entries(p) * (v ? 2 : 1));
+    const int64_t at_once = std::max<int64_t>(1, kRoom / head_entries);
+    for (int64_t first = 0; first < heads; first += at_once) {
+        const int64_t last = std::min(heads, first + at_once);
+        const PackedKeys packed(p, first, last, k, v, threads);
+        body(Tiled{matrix->lanes, matrix, p, q, packed}, Range{first * rows, last * rows});
+    }
+}
+
 // Softmax over the runs: out [depth] not yet divided, maxima and sums by lane.
-void walk(const TileOps& ops, const Problem& p, const Row& row, const Side& side, Array q, Array k, Array v, Scratch& s, bool remember) {
+template <class Operands>
+void walk(const Operands& o, const Row& row, const Side& side, Scratch& s, bool remember) {
     std::fill(s.maximum, s.maximum + kTile, kNothing);
     std::fill(s.sum, s.sum + kTile, 0.0f);
-    std::fill(s.out.data(), s.out.data() + p.depth * kTile, 0.0f);
-    load(ops, q, row.index(p), p.queries, p.depth, side, p.scale * kLog2E, s.keys, s.query);
+    s.out.zero();
+    o.begin(row, side, s);
     if (remember) {
         s.block_sums.resize(s.runs.size() * kTile);
         s.block_maxima.resize(s.runs.size() * kTile);
     }
     for (size_t i = 0; i < s.runs.size(); ++i) {
-        const Run& run = s.runs[i];
-        const float* keys = rows_of(ops, k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
-        const float* values = rows_of(ops, v, row.key_head(p), p.keys, p.depth, run.first, run.count, s.values.data());
-        ops.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
-        ops.weigh(s.scores.data(), run.count, side.count, s.maximum, s.sum,
-                  remember ? s.block_sums.data() + i * kTile : nullptr, s.out.data(), p.depth);
-        ops.accumulate(values, run.count, p.depth, s.scores.data(), side.count, s.out.data());
+        o.score(row, s.runs[i], side, s);
+        o.weigh(s.runs[i], side, remember ? s.block_sums.data() + i * kTile : nullptr, s);
+        o.accumulate(row, s.runs[i], side, s);
         if (remember) std::copy(s.maximum, s.maximum + kTile, s.block_maxima.begin() + i * kTile);
     }
 }
@@ -238,54 +345,56 @@ float* scores_of(const Problem& p, const Row& row, float* scores) {
 } // namespace
 
 void attention(const Problem& p, const Mask& mask, Array q, Array k, Array v, ArrayOut out, float* lse, int threads) {
-    const TileOps& ops = tile_ops();
-    share(p.batch * p.heads * p.query_blocks(), p.depth, threads, [&](Scratch& s, int64_t task) {
-        const Row row = row_of(p, task);
-        runs_of(p, mask, row, s.runs);
-        for_sides(row.block, p.block, p.queries, [&](const Side& side) {
-            walk(ops, p, row, side, q, k, v, s, false);
-            finish(ops, p, row, side, s, out, lse);
+    with_operands(p, q, k, &v, threads, [&](const auto& operands, Range tasks) {
+        share(tasks, p.depth, operands.matrix, threads, [&](Scratch& s, int64_t task) {
+            const Row row = row_of(p, task);
+            operands.runs(&mask, row, s.runs);
+            for_sides(row.block, p.block, p.queries, [&](const Side& side) {
+                walk(operands, row, side, s, false);
+                finish(operands.lanes, p, row, side, s, out, lse);
+            });
         });
     });
 }
 
 void search(const Problem& p, Array q, Array k, Array v, ArrayOut out, float* lse, float* scores, int threads) {
-    const TileOps& ops = tile_ops();
-    share(p.batch * p.heads * p.query_blocks(), p.depth, threads, [&](Scratch& s, int64_t task) {
-        const Row row = row_of(p, task);
-        float* found = scores_of(p, row, scores);
-        std::fill(found, found + p.key_blocks(), 0.0f);
-        all_runs(p, row.batch, s.runs);
-        for_sides(row.block, p.block, p.queries, [&](const Side& side) {
-            walk(ops, p, row, side, q, k, v, s, true);
-            finish(ops, p, row, side, s, out, lse);
-            // each run's sum was taken at the maximum of its time
-            for (int lane = 0; lane < kTile; ++lane) s.offset[lane] = s.maximum[lane] + std::log2(s.sum[lane]);
-            for (size_t i = 0; i < s.runs.size(); ++i) {
-                float* at = s.block_maxima.data() + i * kTile;
-                ops.raise(at, s.offset);
-                found[s.runs[i].block] += std::inner_product(at, at + side.count, s.block_sums.begin() + i * kTile, 0.0f);
-            }
+    with_operands(p, q, k, &v, threads, [&](const auto& operands, Range tasks) {
+        share(tasks, p.depth, operands.matrix, threads, [&](Scratch& s, int64_t task) {
+            const Row row = row_of(p, task);
+            float* found = scores_of(p, row, scores);
+            std::fill(found, found + p.key_blocks(), 0.0f);
+            operands.runs(nullptr, row, s.runs);
+            for_sides(row.block, p.block, p.queries, [&](const Side& side) {
+                walk(operands, row, side, s, true);
+                finish(operands.lanes, p, row, side, s, out, lse);
+                // each run's sum was taken at the maximum of its time
+                for (int lane = 0; lane < kTile; ++lane) s.offset[lane] = s.maximum[lane] + std::log2(s.sum[lane]);
+                for (size_t i = 0; i < s.runs.size(); ++i) {
+                    float* at = s.block_maxima.data() + i * kTile;
+                    operands.lanes.raise(at, s.offset);
+                    found[s.runs[i].block] += std::inner_product(at, at + side.count, s.block_sums.begin() + i * kTile, 0.0f);
+                }
+            });
         });
     });
 }
 
 void block_scores(const Problem& p, Array q, Array k, const float* lse, float* scores, int threads) {
-    const TileOps& ops = tile_ops();
-    share(p.batch * p.heads * p.query_blocks(), p.depth, threads, [&](Scratch& s, int64_t task) {
-        const Row row = row_of(p, task);
-        float* found = scores_of(p, row, scores);
-        std::fill(found, found + p.key_blocks(), 0.0f);
-        all_runs(p, row.batch, s.runs);
-        for_sides(row.block, p.block, p.queries, [&](const Side& side) {
-            load(ops, q, row.index(p), p.queries, p.depth, side, p.scale * kLog2E, s.keys, s.query);
-            offsets(lse + row.index(p) * p.queries + side.first, side.count, s.offset);
-            for (const Run& run : s.runs) {
-                const float* keys = rows_of(ops, k, row.key_head(p), p.keys, p.depth, run.first, run.count, s.keys.data());
-                ops.product(keys, run.count, p.depth, s.query.data(), side.count, s.scores.data());
-                ops.raise_by_lane(s.scores.data(), run.count, side.count, s.offset, s.sum);
-                found[run.block] += std::accumulate(s.sum, s.sum + side.count, 0.0f);
-            }
+    with_operands(p, q, k, nullptr, threads, [&](const auto& operands, Range tasks) {
+        share(tasks, p.depth, operands.matrix, threads, [&](Scratch& s, int64_t task) {
+            const Row row = row_of(p, task);
+            float* found = scores_of(p, row, scores);
+            std::fill(found, found + p.key_blocks(), 0.0f);
+            operands.runs(nullptr, row, s.runs);
+            for_sides(row.block, p.block, p.queries, [&](const Side& side) {
+                operands.begin(row, side, s);
+                offsets(lse + row.index(p) * p.queries + side.first, side.count, s.offset);
+                for (const Run& run : s.runs) {
+                    operands.score(row, run, side, s);
+                    operands.raise(run, side, s);
+                    found[run.block] += std::accumulate(s.sum, s.sum + side.count, 0.0f);
+                }
+            });
         });
     });
 }
@@ -382,13 +491,13 @@ void gradients(const Problem& p, const Mask& mask, Array d_out, const float* shi
                ArrayOut dk, ArrayOut dv, int threads) {
     const TileOps& ops = tile_ops();
     const Given g{d_out, shift, q, k, v, lse};
-    share(p.batch * p.heads * p.query_blocks(), p.depth, threads, [&](Scratch& s, int64_t task) {
+    share({0, p.batch * p.heads * p.query_blocks()}, p.depth, nullptr, threads, [&](Scratch& s, int64_t task) {
         const Row row = row_of(p, task);
         runs_of(p, mask, row, s.runs);
         for_sides(row.block, p.block, p.queries, [&](const Side& side) { query_gradient(ops, p, row, side, g, s, dq); });
     });
     const Columns columns = columns_of(p, mask);
-    share(p.batch * p.key_heads * p.key_blocks(), p.depth, threads, [&](Scratch& s, int64_t task) {
+    share({0, p.batch * p.key_heads * p.key_blocks()}, p.depth, nullptr, threads, [&](Scratch& s, int64_t task) {
         const int64_t block = task % p.key_blocks(), head = task / p.key_blocks();
         for_sides(block, p.block, p.keys, [&](const Side& side) {
             key_gradients(ops, p, mask, columns, head / p.key_heads, head % p.key_heads, block, side, g, s, dk, dv);

@@ -44,11 +44,38 @@ struct TileOps {
     void (*raise)(float* values, const float* offset);
 };
 
+// Products of bfloat16 on processors with tiles (simd/tiles_emulated.h), beside the operations of the same lanes. Queries
+// lie along the lanes here too, so they and the weights are right sides of products and all of keys and values are left
+// ones. Those are packed once for all queries, with zeros behind the ends: keys and depth to multiples of 32.
+//     keys    [slots / 16][depth / 32][16 keys][32 of the depth]
+//     values  [slots / 32][depth / 16][16 of the depth][32 keys]
+//     queries [depth / 32][4][16 pairs of the depth][16 queries][2]
+//     weights [64 / 32][4][16 pairs of keys][16 queries][2]
+struct MatrixOps {
+    const TileOps& lanes; // buffers with rows of 64
+    void (*begin)(); // what a thread calls before it uses the products, and after
+    void (*end)();
+    // scores = keys [rows] queries, depth a multiple of 32; also of the zeros behind `rows`
+    void (*product)(const uint16_t* keys, int rows, int depth, const uint16_t* queries, int lanes, float* scores);
+    // out [depth] += values [rows] weights
+    void (*accumulate)(const uint16_t* values, int rows, int depth, const uint16_t* weights, int lanes, float* out);
+    // As in TileOps, of factor times scores. The weights are rounded, with zeros behind `rows`; sums are of unrounded ones.
+    void (*weigh)(const float* scores, int rows, int lanes, float factor, float* maximum, float* sum, float* block_sum, float* out,
+                  int depth, uint16_t* weights);
+    // sum [64] of 2^(factor score - offset), at most 2^112 each
+    void (*raise)(const float* scores, int rows, int lanes, float factor, const float* offset, float* sum);
+};
+constexpr int kStep = 32; // of keys and depth in a product of tiles
+
 const TileOps& portable_tile_ops();
 #if defined(KERNELS_X86)
 const TileOps& avx2_tile_ops();
 const TileOps& avx512_tile_ops();
 #endif
 const TileOps& emulated512_tile_ops();
+#if defined(KERNELS_AMX)
+const MatrixOps& amx_matrix_ops();
+#endif
+const MatrixOps& emulated_amx_matrix_ops();
 
 } // namespace kernels::attention

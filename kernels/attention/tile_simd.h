@@ -130,19 +130,22 @@ struct Tile {
         for (int lane = 0; lane < lanes; lane += L::N) body(at(scores, kTile, lane / kPanel * kPanel, 0) + lane % kPanel, lane);
     }
 
+    // A maximum that was left far behind is raised; the total and what was summed up with it shrink by as much.
+    static void lift(F highest, F& offset, F& total, float* maximum, float* out, int depth) {
+        const F raised = L::max(highest, offset), factor = power(L::sub(offset, raised));
+        for (int d = 0; d < depth; ++d) L::store(out + d * kPanel, L::mul(L::load(out + d * kPanel), factor));
+        total = L::mul(total, factor);
+        offset = raised;
+        L::store(maximum, raised);
+    }
+
     static void weigh(float* scores, int rows, int lanes, float* maximum, float* sum, float* block_sum, float* out, int depth) {
         for_columns(scores, lanes, [=](float* column, int lane) {
             F highest = L::load(column);
             for (int r = 1; r < rows; ++r) highest = L::max(L::load(column + r * kPanel), highest);
             F offset = L::load(maximum + lane), total = L::load(sum + lane);
-            if (L::any(L::greater(highest, L::add(offset, L::set(kSlack))))) {
-                const F raised = L::max(highest, offset), factor = power(L::sub(offset, raised));
-                float* lanes_out = at(out, depth, lane / kPanel * kPanel, 0) + lane % kPanel;
-                for (int d = 0; d < depth; ++d) L::store(lanes_out + d * kPanel, L::mul(L::load(lanes_out + d * kPanel), factor));
-                total = L::mul(total, factor);
-                offset = raised;
-                L::store(maximum + lane, raised);
-            }
+            if (L::any(L::greater(highest, L::add(offset, L::set(kSlack)))))
+                lift(highest, offset, total, maximum + lane, at(out, depth, lane / kPanel * kPanel, 0) + lane % kPanel, depth);
             F added = L::zero();
             for (int r = 0; r < rows; ++r) {
                 const F weight = power(L::sub(L::load(column + r * kPanel), offset));

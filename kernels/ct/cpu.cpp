@@ -22,7 +22,7 @@ namespace kernels::ct {
 namespace {
 
 const TileOps& current_ops() {
-    switch (current_isa()) {
+    switch (current_lanes()) {
 #if defined(KERNELS_X86)
     case Isa::avx2: return avx2_tile_ops();
     case Isa::avx512: return avx512_tile_ops();

@@ -3,7 +3,8 @@
 `4096^2 x 1` is one token through a large layer, where reading the weight is all that counts: the ratio can be held
 against the ratio of bytes, which the note gives. `1024^2 x 256` is a batch, where arithmetic counts. Each beside dense
 float32, which all ratios are of, and dense bfloat16, which a user would take first where the processor has it. torch's
-CSR product is the other thing at hand. Gradients: of the input, and of the kept weights alone.
+CSR product is the other thing at hand. Of vectors, whose rows share their places, the batch alone. Gradients: of the
+input, and of the kept weights alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import nm
+from kernels._load import native
 from kernels.bench import CORES, Case, Contender, other_isas, with_isa
 from kernels.nm import ops, reference
 
@@ -23,6 +25,7 @@ PEERS: tuple[str, ...] = ()
 PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (1, 16), (1, 32))
 PRODUCTS = ((4096, 1), (1024, 256))  # rows and columns of the weight, tokens
 TRANSPOSABLE = ((2, 4), (2, 8))  # all tiles are tried for the first, the second is a flow problem
+VECTOR = 32  # rows that share their places
 CORNER = 64  # rows and columns that the slow reference searches
 SEARCHED = 4096  # rows and columns: 16.8 million weights
 
@@ -35,6 +38,8 @@ def cases(quick: bool) -> Iterator[Case]:
             for threads in (1, 2)[:CORES]:
                 yield _product(size, tokens, n, m, threads)
     size, tokens = (64, 20) if quick else PRODUCTS[1]
+    for n, m in patterns[:3]:
+        yield _product_of_vectors(size, tokens, n, m)
     for n, m in patterns:
         yield _input_gradient(size, tokens, n, m)
         yield _weight_gradient(size, tokens, n, m)
@@ -71,12 +76,34 @@ def _product(size: int, tokens: int, n: int, m: int, threads: int) -> Case:
             contenders += [
                 Contender(f"{name} {isa}", partial(with_isa, isa, run), _same, ours=True) for isa in other_isas()
             ]
+        if packed.dtype == torch.bfloat16 and native().nm_takes_bfloat16(n, m, tokens):
+            run = partial(nm.linear, narrow[1], packed, dense=False)
+            contenders.append(Contender(f"{name} in tiles", run, _same, threads, note="bfloat16 x too", ours=True))
     sparse = weight.to_sparse_csr()
     contenders.append(Contender("torch CSR", lambda: (sparse @ x.mT).mT, _same, threads))
     return Case(
         name=f"{n}:{m} {size}^2 x {tokens}" + (", 2 threads" if threads == 2 else ""),
         call="linear",
         contenders=contenders,
+        baseline="dense float32",
+        exact=lambda: F.linear(x.double(), weight.double()),
+        data_bytes=weight.nbytes + x.nbytes + 4 * tokens * size,
+    )
+
+
+def _product_of_vectors(size: int, tokens: int, n: int, m: int) -> Case:
+    weight, x = _tokens(size, size, 0), _tokens(tokens, size, 1)
+    weight = weight * nm.mask(weight, n, m, vector=VECTOR)
+    packed = nm.pack(weight, n, m, vector=VECTOR)
+    note = f"{weight.nbytes / packed.nbytes:.2f} times fewer bytes than dense float32"
+    run = partial(nm.linear, x, packed, dense=False)
+    return Case(
+        name=f"{packed.pattern} {size}^2 x {tokens}",
+        call="linear of vectors",
+        contenders=[
+            Contender("dense float32", partial(F.linear, x, weight), _same),
+            Contender("ours float32", run, _same, note=note, ours=True),
+        ],
         baseline="dense float32",
         exact=lambda: F.linear(x.double(), weight.double()),
         data_bytes=weight.nbytes + x.nbytes + 4 * tokens * size,

@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cpu.h"
 
@@ -63,11 +64,15 @@ void unpack_into(const Values& values, const Places& places, int m, const nb::nd
     else unpack(w, static_cast<float*>(weight.data()), threads);
 }
 
-void linear_into(const Matrix& x, const Values& values, const Places& places, int m, const std::optional<Array<const float, 1>>& bias,
-                 const MatrixOut& y, int threads) {
+// Value: float, or bfloat16 as its bits
+template <class Value>
+void linear_into(const Array<const Value, 2>& x, const Values& values, const Places& places, int m,
+                 const std::optional<Array<const float, 1>>& bias, const Array<Value, 2>& y, int threads) {
     const Packed w = packed(values, places, y.shape(1), m);
     expect(x, "x", y.shape(0) * w.columns());
     if (bias) expect(*bias, "bias", w.rows);
+    if (std::is_same_v<Value, uint16_t> && !(w.half && takes_half(w.n, m, y.shape(0))))
+        throw std::invalid_argument("x of 16 bits: expected values of 16 bits, and what nm_takes_bfloat16 allows");
     nb::gil_scoped_release release;
     forward(w, x.data(), y.shape(0), bias ? bias->data() : nullptr, y.data(), threads);
 }
@@ -95,8 +100,11 @@ void bind(nb::module_& m) {
           "threads"_a, "Fills values [B, K/m, n, 16] and places from weight [O, K]; false if a group keeps more than n.");
     m.def("nm_unpack", &unpack_into, "values"_a.noconvert(), "places"_a.noconvert(), "m"_a, "weight"_a.noconvert(), "threads"_a,
           "The dense weight [O, K].");
-    m.def("nm_linear", &linear_into, "x"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "m"_a,
+    m.def("nm_linear", &linear_into<float>, "x"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "m"_a,
           "bias"_a.noconvert().none(), "y"_a.noconvert(), "threads"_a, "y [T, O] = x [T, K] W^T + bias.");
+    m.def("nm_linear", &linear_into<uint16_t>, "x"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "m"_a,
+          "bias"_a.noconvert().none(), "y"_a.noconvert(), "threads"_a, "The same in bfloat16, with sums in float32.");
+    m.def("nm_takes_bfloat16", &takes_half, "n"_a, "m"_a, "tokens"_a, "Whether nm_linear takes x in bfloat16 here.");
     m.def("nm_input_gradient", &input_gradient_into, "dy"_a.noconvert(), "values"_a.noconvert(), "places"_a.noconvert(), "m"_a,
           "dx"_a.noconvert(), "threads"_a, "dx [T, K] = dy [T, O] W.");
     m.def("nm_weight_gradient", &weight_gradient_into, "dy"_a.noconvert(), "x"_a.noconvert(), "values"_a.noconvert(),

@@ -4,13 +4,18 @@
 // tokens. Many tokens: they are cut into chunks of `vectors` vectors. A task is a chunk and a range of rows: panel by
 // panel the chunk's inputs are transposed into the first-level cache, meet the weights of that panel, and add to outputs
 // that lie transposed in the second-level cache until they are done.
+//
+// Many tokens in bfloat16 on a processor with tiles: a task is 32 rows and a chunk of tokens. Panel by panel the rows are
+// spread out into the first-level cache and meet all tokens of the chunk.
 #include "cpu.h"
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "../simd/isa.h"
+#include "../simd/lines.h"
 
 namespace kernels::nm {
 namespace {
@@ -18,7 +23,7 @@ namespace {
 constexpr int64_t kSmall = 1 << 16; // multiplications that are not worth waking threads for
 
 const RowOps& row_ops() {
-    switch (current_isa()) {
+    switch (current_lanes()) {
 #if defined(KERNELS_X86)
     case Isa::avx2: return avx2_row_ops();
     case Isa::avx512: return avx512_row_ops();
@@ -28,24 +33,17 @@ const RowOps& row_ops() {
     }
 }
 
-int worth(int threads, int64_t work) { return work < kSmall ? 1 : threads; }
-
-// Floats at the start of a cache line: a vector that lies across two lines costs two reads.
-class Buffer {
-public:
-    void resize(int64_t size) { lines_.resize((size + 15) / 16); }
-    void zero(int64_t size) {
-        resize(size);
-        std::fill(data(), data() + size, 0.0f);
+const MatrixOps* matrix_ops() { // null where there are no tiles
+    switch (current_isa()) {
+#if defined(KERNELS_AMX)
+    case Isa::amx: return &amx_matrix_ops();
+#endif
+    case Isa::emulated_amx: return &emulated_amx_matrix_ops();
+    default: return nullptr;
     }
-    float* data() { return lines_.data()->floats; }
+}
 
-private:
-    struct alignas(64) Line {
-        float floats[16];
-    };
-    std::vector<Line> lines_;
-};
+int worth(int threads, int64_t work) { return work < kSmall ? 1 : threads; }
 
 struct Range {
     int64_t first, last;
@@ -97,8 +95,7 @@ void panel_of(const RowOps& ops, const float* x, int64_t stride, const Chunk& ch
 
 void few_forward(const RowOps& ops, const Packed& w, const float* x, int64_t tokens, const float* bias, float* y,
                  int threads) {
-    Buffer inputs;
-    inputs.zero(tokens * w.columns() + kSlack);
+    Buffer inputs(tokens * w.columns() + kSlack);
     std::copy(x, x + tokens * w.columns(), inputs.data());
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = 0; block < w.blocks(); ++block) {
@@ -128,7 +125,8 @@ void many_forward(const RowOps& ops, const Packed& w, const float* x, int64_t to
             const int64_t width = chunk.vectors * ops.lanes, count = (blocks.last - blocks.first) * kBlock;
             const int64_t groups = std::max<int64_t>(1, panel_floats(w) / width / w.m);
             panel.resize(groups * w.m * width);
-            sums.zero(count * width);
+            sums.resize(count * width);
+            sums.zero();
             for (int64_t first = 0; first < w.groups; first += groups) {
                 const int64_t last = std::min(w.groups, first + groups);
                 panel_of(ops, x, w.columns(), chunk, {first * w.m, last * w.m}, panel.data());
@@ -143,6 +141,60 @@ void many_forward(const RowOps& ops, const Packed& w, const float* x, int64_t to
             if (rows > 0) ops.transpose(sums.data(), width, rows, chunk.count, y + chunk.first * w.rows + row, w.rows);
         }
     }
+}
+
+constexpr int64_t kTile = kBlock * kSide; // entries of a tile
+constexpr int64_t kPanelColumns = 512;     // 32 rows of so many are 32 KiB
+constexpr int64_t kChunk = 1024;           // tokens: their sums with 32 rows are 128 KiB
+constexpr int kMostSlots = 16;             // of a group
+
+// [ceil(tokens / 16)][steps][16][32] of x [tokens][columns], with zeros behind its ends; an even number of sixteens.
+Halves tiles_of(const uint16_t* x, int64_t tokens, int64_t columns, int64_t steps, int threads) {
+    const int64_t sides = (tokens + kSide - 1) / kSide;
+    Halves tiles(sides * 2 * steps * kTile);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t token = 0; token < tokens; ++token) {
+        uint16_t* to = tiles.data() + token / kBlock * steps * kTile + token % kBlock * kSide;
+        for (int64_t column = 0; column < columns; column += kSide, to += kTile)
+            std::copy_n(x + token * columns + column, std::min(kSide, columns - column), to);
+    }
+    return tiles;
+}
+
+// A thread's right to use tiles.
+class TileUse {
+public:
+    explicit TileUse(const MatrixOps& ops) : ops_(ops) { ops_.begin(); }
+    ~TileUse() { ops_.end(); }
+    TileUse(const TileUse&) = delete;
+
+private:
+    const MatrixOps& ops_;
+};
+
+// Two blocks of rows from `block` on, with a chunk of the tokens.
+void half_task(const MatrixOps& ops, const Packed& w, int64_t block, const uint16_t* x, int64_t steps, int64_t tokens, const float* bias,
+               uint16_t* y, Halves& panel, Buffer& sums) {
+    const int64_t unit = kSide / std::gcd<int64_t>(kSide, w.m); // groups that fill whole steps
+    const int64_t groups = std::max<int64_t>(1, kPanelColumns / w.m / unit) * unit;
+    const int64_t stride = groups * w.m * kBlock, sides = (tokens + kSide - 1) / kSide;
+    const int64_t rows = std::min(kSide, w.rows - block * kBlock);
+    panel.resize(2 * stride);
+    panel.zero(); // there may be no second block
+    sums.resize(sides * kSide * kSide);
+    for (int64_t first = 0; first < w.groups; first += groups) {
+        const int64_t last = std::min(w.groups, first + groups);
+        const int64_t from = first * w.m / kSide, taken = std::min(groups * w.m / kSide, steps - from);
+        for (int64_t i = 0; i < 2 && block + i < w.blocks(); ++i) ops.spread(w, block + i, first, last, taken, panel.data() + i * stride);
+        for (int64_t side = 0; side < sides; ++side)
+            ops.multiply(x + (side * 2 * steps + from) * kTile, steps * kTile, panel.data(), stride, taken, first == 0,
+                         sums.data() + side * kSide * kSide);
+    }
+    float added[kSide] = {};
+    if (bias) std::copy_n(bias + block * kBlock, rows, added);
+    for (int64_t token = 0; token < tokens; token += kSide)
+        ops.finish(sums.data() + token * kSide, added, static_cast<int>(std::min(kSide, tokens - token)), static_cast<int>(rows),
+                   y + token * w.rows + block * kBlock, w.rows);
 }
 
 // The kept weights by column, for panels of `panel_blocks` blocks.
@@ -270,6 +322,30 @@ void forward(const Packed& w, const float* x, int64_t tokens, const float* bias,
     else many_forward(row_ops(), w, x, tokens, bias, y, threads);
 }
 
+// Tiles multiply 512 pairs a cycle at best, float32 vectors 32 and only what is kept: below 1 in 16 the tiles lose, and
+// half of that margin goes into loads. Many slots in a group take longer to spread out than the products of few tokens.
+bool takes_half(int n, int m, int64_t tokens) { return matrix_ops() && tokens >= kBlock && 8 * n >= m && n <= kMostSlots; }
+
+void forward(const Packed& w, const uint16_t* x, int64_t tokens, const float* bias, uint16_t* y, int threads) {
+    const MatrixOps& ops = *matrix_ops();
+    threads = worth(threads, tokens * w.rows * w.slots());
+    const int64_t steps = (w.columns() + kSide - 1) / kSide, pairs = (w.blocks() + 1) / 2;
+    const int64_t tasks = pairs * ((tokens + kChunk - 1) / kChunk);
+    Halves inputs = tiles_of(x, tokens, w.columns(), steps, threads);
+#pragma omp parallel num_threads(threads)
+    {
+        const TileUse use(ops);
+        Halves panel;
+        Buffer sums;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t token = task / pairs * kChunk;
+            half_task(ops, w, task % pairs * 2, inputs.data() + token * steps * kSide, steps, std::min(kChunk, tokens - token), bias,
+                      y + token * w.rows, panel, sums);
+        }
+    }
+}
+
 void input_gradient(const Packed& w, const float* dy, int64_t tokens, float* dx, int threads) {
     const RowOps& ops = row_ops();
     threads = worth(threads, tokens * w.rows * w.slots());
@@ -287,7 +363,8 @@ void input_gradient(const Packed& w, const float* dy, int64_t tokens, float* dx,
             const Range columns = part_of(w.columns(), parts, task % parts);
             const int64_t width = chunk.vectors * ops.lanes, count = columns.last - columns.first;
             panel.resize(panel_blocks * kBlock * width);
-            sums.zero(count * width);
+            sums.resize(count * width);
+            sums.zero();
             for (int64_t p = 0; p < lists.panels; ++p) {
                 const int64_t first = p * panel_blocks * kBlock, last = std::min(w.rows, first + panel_blocks * kBlock);
                 panel_of(ops, dy, w.rows, chunk, {first, last}, panel.data());
@@ -319,7 +396,8 @@ void weight_gradient(const Packed& w, const float* dy, const float* x, int64_t t
 #pragma omp for schedule(static)
             for (int64_t block = 0; block < w.blocks(); ++block) {
                 const Range rows{block * kBlock, std::min(w.rows, (block + 1) * kBlock)};
-                slopes.zero(kBlock * width);
+                slopes.resize(kBlock * width);
+                slopes.zero();
                 panel_of(ops, dy, w.rows, chunk, rows, slopes.data());
                 for (int64_t first = 0; first < w.groups; first += groups)
                     ops.sampled(w, block, first, std::min(w.groups, first + groups), slopes.data(),

@@ -20,6 +20,13 @@ void unpack(const Packed& w, Value* weight, int threads);
 // y [tokens][rows] = x [tokens][columns] W^T + bias [rows] (or null).
 void forward(const Packed& w, const float* x, int64_t tokens, const float* bias, float* y, int threads);
 
+// The same in bfloat16, all but the bias, with sums in float32; for weights of bfloat16 where `takes_half` says so. The
+// products meet all of x: a NaN or an infinity makes its whole token NaN.
+void forward(const Packed& w, const uint16_t* x, int64_t tokens, const float* bias, uint16_t* y, int threads);
+
+// Whether this processor has tiles, and they are worth it for n of m and so many tokens.
+bool takes_half(int n, int m, int64_t tokens);
+
 // dx [tokens][columns] = dy [tokens][rows] W.
 void input_gradient(const Packed& w, const float* dy, int64_t tokens, float* dx, int threads);
 

@@ -42,7 +42,7 @@ void run(const Groups& groups, int threads) {
 } // namespace
 
 const MaskOps& mask_ops() {
-    switch (current_isa()) {
+    switch (current_lanes()) {
 #if defined(KERNELS_X86)
     // Sixteen lanes would bring little: the time goes into transposing and into memory.
     case Isa::avx512:

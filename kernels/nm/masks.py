@@ -10,12 +10,22 @@ from torch import Tensor
 from kernels import _dispatch
 from kernels._load import native
 from kernels.nm import reference
+from kernels.nm.tensor import require_vector
 
 LARGEST_TILE = 64  # as in mask.h
 LARGEST_ON_GPU = 64  # group that the Triton kernel serves
 
 
-def mask(weight: Tensor, n: int, m: int, dim: int = -1, *, transposable: bool = False, ragged: bool = False) -> Tensor:
+def mask(
+    weight: Tensor,
+    n: int,
+    m: int,
+    dim: int = -1,
+    *,
+    transposable: bool = False,
+    ragged: bool = False,
+    vector: int = 1,
+) -> Tensor:
     """The n largest magnitudes of every m along `dim`: bool of the same shape, exactly n of every group, also on ties.
 
     weight        real floating point, any shape and stride; or any score whose magnitude ranks the weights
@@ -24,17 +34,20 @@ def mask(weight: Tensor, n: int, m: int, dim: int = -1, *, transposable: bool = 
                   n:m too; of all such masks the one that keeps the largest sum of magnitudes (for sums, those of a tile
                   are rounded to 45 bits below its largest). Leading axes are a batch, `dim` has no meaning
     ragged        let m not divide the axis: a last group of r keeps min(n, r)
+    vector        1, 16, 32, 64, 128 or 256 neighbours along the axis before `dim` (the rows of a matrix) keep the same
+                  n of every m, those with the largest sums of magnitudes; the last vector may be shorter
 
     Of equal magnitudes the first is kept. NaN counts as larger than everything, so that it is not hidden.
     Transposable masks are found by trying all tiles for m <= 4, else by minimum-cost flow, measured to be 7 to 34 times
     slower. On CUDA the reference finds them, and masks of m > 64: slow, and transposable ones on the CPU.
 
     Returns the mask, without a gradient, in the memory layout of the weight. Raises TypeError for integer, bool and
-    complex weights, ValueError for n, m or an axis that do not fit, KernelUnavailable where no kernel serves.
+    complex weights, ValueError for n, m, a vector or an axis that do not fit, KernelUnavailable where no kernel serves.
     """
     _check(weight, n, m)
+    require_vector(vector, "mask")
     if transposable:
-        _check_tiles(weight, m, ragged)
+        _check_tiles(weight, m, ragged, vector)
         return _mask(_score(weight), n, m, -1, True)
     if not -weight.ndim <= dim < weight.ndim:
         raise ValueError(
@@ -46,7 +59,15 @@ def mask(weight: Tensor, n: int, m: int, dim: int = -1, *, transposable: bool = 
             f"kernels.nm.mask: axis {dim} of {list(weight.shape)} has {size} entries, which {m} does not divide; "
             "choose another m or axis, leave this layer out, or pass ragged=True"
         )
-    return _mask(_score(weight), n, m, dim if dim < 0 else dim - weight.ndim, False)
+    dim = dim if dim < 0 else dim - weight.ndim
+    if vector == 1:
+        return _mask(_score(weight), n, m, dim, False)
+    if dim == -weight.ndim:
+        raise ValueError(
+            f"kernels.nm.mask: got vectors of {vector} for the first axis of a weight {list(weight.shape)}; expected "
+            "an axis before that of the groups; turn the weight over, e.g. with weight.mT"
+        )
+    return _shared(_score(weight), n, m, dim, vector)
 
 
 def _check(weight: Tensor, n: int, m: int) -> None:
@@ -60,8 +81,13 @@ def _check(weight: Tensor, n: int, m: int) -> None:
         raise ValueError(f"kernels.nm.mask: got {n}:{m}; expected 0 <= n <= m and m >= 1")
 
 
-def _check_tiles(weight: Tensor, m: int, ragged: bool) -> None:
+def _check_tiles(weight: Tensor, m: int, ragged: bool, vector: int) -> None:
     sizes = list(weight.shape)
+    if vector > 1:
+        raise ValueError(
+            f"kernels.nm.mask: got transposable=True with vectors of {vector}; the rows of a vector keep one pattern, "
+            "those of a tile several; choose one of the two"
+        )
     if ragged:
         raise ValueError(
             "kernels.nm.mask: got transposable=True with ragged=True; a tile has no last group to shorten; choose an m "
@@ -80,6 +106,18 @@ def _check_tiles(weight: Tensor, m: int, ragged: bool) -> None:
 def _score(weight: Tensor) -> Tensor:
     """Narrow floats become float32, which is exact; float64 stays."""
     return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+
+
+def _shared(score: Tensor, n: int, m: int, dim: int, vector: int) -> Tensor:
+    """The mask of the sums of |score| over each vector, for all of its rows; dim < 0."""
+    rows = score.abs().movedim(dim - 1, 0)
+    whole = len(rows) // vector
+    sums = rows[: whole * vector].unflatten(0, (whole, vector)).sum(dim=1)
+    if whole * vector < len(rows):
+        sums = torch.cat([sums, rows[whole * vector :].sum(dim=0, keepdim=True)])
+    kept = _mask(sums.movedim(0, dim - 1), n, m, dim, False).repeat_interleave(vector, dim - 1)
+    out = torch.empty_like(score, dtype=torch.bool)
+    return out.copy_(kept.narrow(dim - 1, 0, len(rows)))
 
 
 def _mask_kernel(score: Tensor, n: int, m: int, dim: int, transposable: bool) -> Tensor:

@@ -62,11 +62,31 @@ struct RowOps {
     void (*transpose)(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out, int64_t out_stride);
 };
 
+// Many tokens in bfloat16, on processors with tiles (simd/tiles_emulated.h): a panel of the weight is spread out with its
+// zeros, as the right side of products; tokens are the left side. Saves the reading of zeros, not the arithmetic.
+struct MatrixOps {
+    void (*begin)(); // what a thread calls before it uses `multiply`, and after
+    void (*end)();
+    // panel [steps][16 pairs][16 rows][2] = the block's columns from group `first` on, zeros behind those of group last - 1
+    void (*spread)(const Packed& w, int64_t block, int64_t first, int64_t last, int64_t steps, uint16_t* panel);
+    // sums [32 tokens][32 rows] of `steps` steps of 32 columns, added to what is there unless `fresh`. x and panel begin
+    // with sixteen tokens and sixteen rows; the next ones follow x_stride and panel_stride behind.
+    void (*multiply)(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t panel_stride, int64_t steps, bool fresh,
+                     float* sums);
+    // y [tokens][stride] = sums + bias [32], of the first `rows` rows
+    void (*finish)(const float* sums, const float* bias, int tokens, int rows, uint16_t* y, int64_t stride);
+};
+constexpr int64_t kSide = 32; // of sums, and columns of a step
+
 const RowOps& portable_row_ops();
 #if defined(KERNELS_X86)
 const RowOps& avx2_row_ops();
 const RowOps& avx512_row_ops();
 #endif
 const RowOps& emulated512_row_ops();
+#if defined(KERNELS_AMX)
+const MatrixOps& amx_matrix_ops();
+#endif
+const MatrixOps& emulated_amx_matrix_ops();
 
 } // namespace kernels::nm

@@ -2,7 +2,7 @@
 
 A few tokens: a program reads its share of sixteen rows once, as it lies in memory, and gathers x through the cache.
 More tokens: a program spreads a tile of the weight out in registers, by comparing places with the tile's columns, and
-multiplies it on the tensor cores, which saves the reading of zeros and none of the arithmetic.
+multiplies it on the tensor cores, which saves reading zeros and none of the arithmetic (`vectors_triton.py` does).
 
 float32 weights are multiplied as three tf32 products (Ootomo and Yokota 2022), about as exact as float32 ones;
 bfloat16 weights with a bfloat16 x, or with a float32 x cut into three bfloat16 parts that hold all its bits. Zeros meet
@@ -33,7 +33,7 @@ except ModuleNotFoundError:  # the module can still be imported and read; `kerne
         return function
 
 
-__all__ = ["input_gradient", "linear", "weight_gradient"]
+__all__ = ["added_up", "dot", "input_gradient", "linear", "on", "partial_sums", "product", "shares", "weight_gradient"]
 
 FEW = 4  # tokens that `_few_kernel` takes
 SLOTS = 128  # kept values of each row that it reads at once
@@ -56,8 +56,8 @@ def linear(x: Tensor, values: Tensor, places: Tensor, m: int, rows: int, bias: T
     if not out.numel():
         return out
     if tokens <= FEW:
-        share, splits = _shares(triton.cdiv(groups * n, SLOTS), blocks)
-        partial, biased = _partial(out, splits), splits == 1 and bias is not None
+        share, splits = shares(triton.cdiv(groups * n, SLOTS), blocks)
+        partial, biased = partial_sums(out, splits), splits == 1 and bias is not None
         with on(x.device):
             _few_kernel[(blocks, splits)](
                 x,
@@ -77,11 +77,11 @@ def linear(x: Tensor, values: Tensor, places: Tensor, m: int, rows: int, bias: T
                 TOKENS=triton.next_power_of_2(tokens),
                 SLOTS=SLOTS,
             )
-        return _added_up(partial, bias, out)
+        return added_up(partial, bias, out)
     at_once = _tokens_at_once(tokens)
     across, along = triton.cdiv(rows, ROWS), triton.cdiv(tokens, at_once)
-    share, splits = _shares(_chunks(groups, m), across * along)
-    partial, biased = _partial(out, splits), splits == 1 and bias is not None
+    share, splits = shares(_chunks(groups, m), across * along)
+    partial, biased = partial_sums(out, splits), splits == 1 and bias is not None
     with on(x.device):
         _many_kernel[(across, along, splits)](
             x,
@@ -98,7 +98,7 @@ def linear(x: Tensor, values: Tensor, places: Tensor, m: int, rows: int, bias: T
             TOKENS=at_once,
             **_tile_of(m),
         )
-    return _added_up(partial, bias, out)
+    return added_up(partial, bias, out)
 
 
 def input_gradient(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
@@ -110,13 +110,13 @@ def input_gradient(dy: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor
         return out
     at_once = _tokens_at_once(tokens)
     across, along = _chunks(groups, m), triton.cdiv(tokens, at_once)
-    share, splits = _shares(triton.cdiv(rows, ROWS), across * along)
-    partial = _partial(out, splits)
+    share, splits = shares(triton.cdiv(rows, ROWS), across * along)
+    partial = partial_sums(out, splits)
     with on(dy.device):
         _input_gradient_kernel[(across, along, splits)](
             dy, values, places, partial, tokens, rows, groups, share, N=n, TOKENS=at_once, **_tile_of(m)
         )
-    return _added_up(partial, None, out)
+    return added_up(partial, None, out)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, values: Tensor, places: Tensor, m: int) -> Tensor:
@@ -140,12 +140,12 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _partial(out: Tensor, splits: int) -> Tensor:
+def partial_sums(out: Tensor, splits: int) -> Tensor:
     """Where the splits of a product leave their sums."""
     return out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
 
 
-def _added_up(partial: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def added_up(partial: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """The splits' sums added in their order; and the bias, unless a single split has."""
     if partial is not out:
         size, at_once = out.numel(), 1024
@@ -163,7 +163,7 @@ def _added_up(partial: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     return out
 
 
-def _shares(steps: int, programs: int) -> tuple[int, int]:
+def shares(steps: int, programs: int) -> tuple[int, int]:
     """How a loop of so many steps is cut if there are so many programs without: steps of a split, and splits."""
     splits = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(steps, LEAST_SHARE))
     share = triton.cdiv(steps, splits)
@@ -294,7 +294,7 @@ def _many_kernel(
         tile = _tile(values, places, row, rows, chunk, groups, N, M, WIDTH, NIBBLES, ROWS, GROUPS)
         column, inside = _columns(chunk, groups, M, WIDTH, GROUPS)
         data = tl.load(from_x + column[:, None], mask=inside[:, None] & (token < tokens)[None, :], other=0.0)
-        total = _dot(tile, data, total, INTERPRETED)
+        total = dot(tile, data, total, INTERPRETED)
     if BIASED:
         total += tl.load(bias + row, mask=row < rows, other=0.0)[:, None]
     to = out + (split.to(tl.int64) * tokens + token)[None, :] * rows + row[:, None]
@@ -330,7 +330,7 @@ def _input_gradient_kernel(
         row = step * ROWS + tl.arange(0, ROWS)
         tile = _tile(values, places, row, rows, chunk, groups, N, M, WIDTH, NIBBLES, ROWS, GROUPS)
         data = tl.load(from_dy + row[:, None], mask=(row < rows)[:, None] & (token < tokens)[None, :], other=0.0)
-        total = _dot(tl.trans(tile), data, total, INTERPRETED)
+        total = dot(tl.trans(tile), data, total, INTERPRETED)
     to = out + (split.to(tl.int64) * tokens + token)[None, :] * (groups * M) + column[:, None]
     tl.store(to, total, mask=inside[:, None] & (token < tokens)[None, :])
 
@@ -366,7 +366,7 @@ def _weight_gradient_kernel(
         right = tl.load(
             x + at[:, None] * (groups * M) + column[None, :], mask=live[:, None] & inside[None, :], other=0.0
         )
-        total = _dot(left, right, total, INTERPRETED)
+        total = dot(left, right, total, INTERPRETED)
 
     dense = tl.reshape(total, [ROWS, GROUPS, WIDTH])
     at, live, lane = _slots(row, rows, chunk, groups, N, M, WIDTH, GROUPS)
@@ -448,7 +448,7 @@ def _columns(chunk, groups, M: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.con
 
 
 @jit
-def _dot(left, right, total, INTERPRETED: tl.constexpr):
+def dot(left, right, total, INTERPRETED: tl.constexpr):
     """total + left right; left may be bfloat16 where right is float32.
 
     Tensor cores cut sums off instead of rounding them, so that long ones drift (Ootomo and Yokota 2022): tiles are
@@ -456,20 +456,20 @@ def _dot(left, right, total, INTERPRETED: tl.constexpr):
     """
     part = tl.zeros(total.shape, dtype=tl.float32)
     if left.dtype == right.dtype:
-        part = _product(left, right, part, INTERPRETED)
+        part = product(left, right, part, INTERPRETED)
     else:
         high = right.to(tl.bfloat16)
         rest = right - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        part = _product(left, low, part, INTERPRETED)
-        part = _product(left, middle, part, INTERPRETED)
-        part = _product(left, high, part, INTERPRETED)
+        part = product(left, low, part, INTERPRETED)
+        part = product(left, middle, part, INTERPRETED)
+        part = product(left, high, part, INTERPRETED)
     return tl.fma(part, 1.0, total)
 
 
 @jit
-def _product(left, right, total, INTERPRETED: tl.constexpr):
+def product(left, right, total, INTERPRETED: tl.constexpr):
     if INTERPRETED:  # Triton's interpreter would multiply the bits of bfloat16
         left = left.to(tl.float32)
         right = right.to(tl.float32)

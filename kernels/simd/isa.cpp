@@ -6,6 +6,10 @@
 #if defined(KERNELS_X86)
 #include <cpuid.h>
 #endif
+#if defined(KERNELS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace kernels {
 namespace {
@@ -35,8 +39,24 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(KERNELS_AMX)
+// Linux (5.16) lets a process use the tiles after it has asked: their 8 KiB a thread are no part of what it saves by default.
+bool permitted_tiles() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM of asm/prctl.h, the bit of XCR0
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    const unsigned tiles = 1u << 24 | 1u << 22, vectors = 1u << 5; // AMX-TILE and AMX-BF16; AVX512-BF16
+    if (!has_avx512() || (saved_state() & 0x60000) != 0x60000) return false;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & tiles) != tiles) return false;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & vectors) && permitted_tiles();
+}
+#endif
+
 Isa widest() {
-    for (Isa isa : {Isa::avx512, Isa::avx2})
+    for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2})
         if (host_runs(isa)) return isa;
     return Isa::portable;
 }
@@ -47,27 +67,49 @@ const char* name(Isa isa) {
     switch (isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::amx: return "amx";
     case Isa::emulated512: return "emulated512";
+    case Isa::emulated_amx: return "emulated_amx";
     default: return "portable";
     }
 }
 
 std::vector<Isa> compiled_isas() {
+    return {
+        Isa::portable,
 #if defined(KERNELS_X86)
-    return {Isa::portable, Isa::avx2, Isa::avx512, Isa::emulated512};
-#else
-    return {Isa::portable, Isa::emulated512};
+        Isa::avx2, Isa::avx512,
 #endif
+#if defined(KERNELS_AMX)
+        Isa::amx,
+#endif
+        Isa::emulated512, Isa::emulated_amx,
+    };
 }
 
 bool host_runs(Isa isa) {
-    if (isa == Isa::portable || isa == Isa::emulated512) return true;
+    switch (isa) {
 #if defined(KERNELS_X86)
-    static const bool avx2 = has_avx2(), avx512 = has_avx512();
-    return isa == Isa::avx2 ? avx2 : avx512;
-#else
-    return false;
+    case Isa::avx2: {
+        static const bool here = has_avx2();
+        return here;
+    }
+    case Isa::avx512: {
+        static const bool here = has_avx512();
+        return here;
+    }
 #endif
+#if defined(KERNELS_AMX)
+    case Isa::amx: {
+        static const bool here = has_amx();
+        return here;
+    }
+#endif
+    case Isa::portable:
+    case Isa::emulated512:
+    case Isa::emulated_amx: return true;
+    default: return false;
+    }
 }
 
 Isa current_isa() {
@@ -85,6 +127,11 @@ Isa current_isa() {
     }
     throw std::runtime_error("KERNELS_ISA is " + std::string(asked) + "; expected one of " + known +
                              ", or unset for the widest this processor has");
+}
+
+Isa current_lanes() {
+    const Isa isa = current_isa();
+    return isa == Isa::amx ? Isa::avx512 : isa == Isa::emulated_amx ? Isa::emulated512 : isa;
 }
 
 } // namespace kernels

@@ -5,8 +5,9 @@
 
 namespace kernels {
 
-// emulated512: the 16-lane kernels over plain C++ lanes; slow, for tests on hosts without AVX-512.
-enum class Isa { portable, avx2, avx512, emulated512 };
+// amx: AVX-512 with a matrix unit for bfloat16. emulated512, emulated_amx: the 16-lane kernels and the tiles in plain C++;
+// slow, for tests on hosts without AVX-512 and AMX.
+enum class Isa { portable, avx2, avx512, amx, emulated512, emulated_amx };
 
 const char* name(Isa isa);
 
@@ -17,5 +18,8 @@ bool host_runs(Isa isa);
 // Throws std::runtime_error if KERNELS_ISA names something unknown, not compiled, or not runnable here.
 // Read again at every call: tests change it.
 Isa current_isa();
+
+// The same to code that knows no tiles: the lanes beside them.
+Isa current_lanes();
 
 } // namespace kernels

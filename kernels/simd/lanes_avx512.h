@@ -68,6 +68,8 @@ struct Avx512 {
     static I shift_left(I a, I by) { return _mm512_sllv_epi32(a, by); }
     static I quarter(I a) { return _mm512_srai_epi32(a, 2); }
     static I either(I a, I b) { return _mm512_or_si512(a, b); }
+    static I both(I a, I b) { return _mm512_and_si512(a, b); }
+    static M equal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
     static uint32_t either_lane(I a) { return static_cast<uint32_t>(_mm512_reduce_or_epi32(a)); }
     static F add_exponent(F a, F n) {
         return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
@@ -79,10 +81,10 @@ struct Avx512 {
         const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
         return _mm512_inserti32x8(_mm512_castsi256_si512(both), _mm256_srli_epi32(both, 4), 1);
     }
-    static F widen(const uint16_t* p) {
-        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    static I words(const uint16_t* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static F widen(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(words(p), 16)); }
     static F pick(const F* window, I index) { return permute(window[0], index); }
     static F pick_wide(const F* window, I index) { return permute(window[0], index); }
     static F pick_widest(const F* window, I index) { return _mm512_permutex2var_ps(window[0], index, window[1]); }

@@ -34,7 +34,11 @@ struct Emulated {
     KERNELS_EMULATED F set(float x) { return each<F>([&](int) { return x; }); }
     KERNELS_EMULATED I set(int32_t x) { return each<I>([&](int) { return x; }); }
     KERNELS_EMULATED F load(const float* p) { return each<F>([&](int i) { return p[i]; }); }
-    KERNELS_EMULATED I load(const int32_t* p) { return each<I>([&](int i) { return p[i]; }); }
+    KERNELS_EMULATED I load(const int32_t* p) {
+        I out;
+        std::memcpy(out.lane, p, sizeof out.lane);
+        return out;
+    }
     KERNELS_EMULATED void store(float* p, const F& a) { std::memcpy(p, a.lane, sizeof a.lane); }
     KERNELS_EMULATED void store(int32_t* p, const I& a) { std::memcpy(p, a.lane, sizeof a.lane); }
 
@@ -77,11 +81,12 @@ struct Emulated {
     KERNELS_EMULATED F to_float(const I& a) { return each<F>([&](int i) { return static_cast<float>(a.lane[i]); }); }
 
     // N bytes; N of the sixteen nibbles of eight bytes, byte i holding numbers i (low) and i + 8, `half` saying which
-    // eight where N is 8: only the low four bits of each lane are for use; N bfloat16 as floats
+    // eight where N is 8: only the low four bits of each lane are for use; N words of 16 bits; N bfloat16 as floats
     KERNELS_EMULATED I bytes(const uint8_t* p) { return each<I>([&](int i) { return static_cast<int32_t>(p[i]); }); }
     KERNELS_EMULATED I nibbles(const uint8_t* p, int half) {
         return each<I>([&](int i) { return static_cast<int32_t>(p[i % 8]) >> (i / 8 + half > 0 ? 4 : 0); });
     }
+    KERNELS_EMULATED I words(const uint16_t* p) { return each<I>([&](int i) { return static_cast<int32_t>(p[i]); }); }
     KERNELS_EMULATED F widen(const uint16_t* p) {
         return each<F>([&](int i) {
             const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
@@ -137,6 +142,8 @@ struct Emulated {
     }
     KERNELS_EMULATED I quarter(const I& a) { return each<I>([&](int i) { return a.lane[i] >> 2; }); } // rounded down
     KERNELS_EMULATED I either(const I& a, const I& b) { return each<I>([&](int i) { return a.lane[i] | b.lane[i]; }); }
+    KERNELS_EMULATED I both(const I& a, const I& b) { return each<I>([&](int i) { return a.lane[i] & b.lane[i]; }); }
+    KERNELS_EMULATED M equal(const I& a, const I& b) { return each<M>([&](int i) { return a.lane[i] == b.lane[i]; }); }
     // the or of all lanes
     KERNELS_EMULATED uint32_t either_lane(const I& a) {
         uint32_t out = 0;

@@ -24,7 +24,7 @@ constexpr double kHalfLog2E = 0.72134752044448170;
 constexpr int64_t kFew = 4096; // items that are not worth waking threads for
 
 const TileOps& tile_ops() {
-    switch (current_isa()) {
+    switch (current_lanes()) {
 #if defined(KERNELS_X86)
     case Isa::avx2: return avx2_tile_ops();
     case Isa::avx512: return avx512_tile_ops();

@@ -19,7 +19,7 @@ constexpr double kSigma = 1.5; // pixels
 constexpr int64_t kFew = 1 << 14; // floats that are not worth waking threads for
 
 const RowOps& row_ops() {
-    switch (current_isa()) {
+    switch (current_lanes()) {
 #if defined(KERNELS_X86)
     case Isa::avx2: return avx2_row_ops();
     case Isa::avx512: return avx512_row_ops();

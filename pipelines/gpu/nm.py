@@ -1,14 +1,15 @@
 """Checks and timings of kernels.nm on a GPU.
 
 Products are timed in CUDA graphs, since a launch from Python takes longer than a few tokens do, and on so many copies
-of the weight that the cache cannot hold them, as a model's layers follow each other. Dense products by cuBLAS run
-beside them, in float32 (torch's default there: no tf32) and in bfloat16; a ratio is to the one of the same dtype.
+of the weight that the cache cannot hold them, as a model's layers follow each other. Those of vectors, whose rows share
+their places, are timed with many tokens, where arithmetic counts. Dense products by cuBLAS run beside them, in float32
+(torch's default there: no tf32) and in bfloat16; a ratio is to the one of the same dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from kernels import nm
 from kernels.nm import ops, reference
+from kernels.nm.tensor import pattern
 from pipelines.gpu.report import Check, Timing, call_times, error, graph_times, measured, quartiles
 
 # |error| / |exact| of float32 sums of up to 4096 products
@@ -32,20 +34,21 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight of n:m [rows, groups * m] and how many tokens meet it."""
+    """A weight of n:m [rows, groups * m], how many tokens meet it, and how many of its rows share their places."""
 
     n: int
     m: int
     rows: int
     groups: int
     tokens: int
+    vector: int = 1
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m} {self.rows}x{self.groups * self.m} x {self.tokens}"
+        return f"{pattern(self.n, self.m, self.vector)} {self.rows}x{self.groups * self.m} x {self.tokens}"
 
 
-# ragged rows and tokens, places in nibbles and in bytes, a group wider than a tile, m that is no power of two
-TINY = (Layer(2, 4, 21, 5, 3), Layer(2, 8, 37, 9, 17), Layer(7, 100, 19, 2, 20))
+# ragged rows and tokens, places in nibbles and in bytes, a group wider than a tile, m that is no power of two, vectors
+TINY = (Layer(2, 4, 21, 5, 3), Layer(2, 8, 37, 9, 17), Layer(7, 100, 19, 2, 20), Layer(3, 24, 37, 9, 17, 16))
 LAYERS = (
     *TINY,
     Layer(1, 1, 5, 70, 2),
@@ -56,10 +59,17 @@ LAYERS = (
     Layer(13, 256, 40, 3, 40),
     Layer(2, 8, 4096, 512, 1),
     Layer(2, 8, 4096, 512, 256),
+    Layer(2, 4, 37, 9, 1, 16),
+    Layer(2, 8, 1000, 500, 333, 32),
+    Layer(5, 32, 300, 30, 40, 256),
+    Layer(2, 8, 4096, 512, 1, 64),
+    Layer(2, 8, 4096, 512, 2048, 128),
 )
 PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (1, 16), (1, 32))
 SIZE = 4096  # rows and columns of a timed weight
 TOKENS = (1, 16, 256)
+SHARED = ((2, 4), (2, 8), (1, 16))  # patterns of the vectors
+MANY = (256, 4096)  # tokens that they meet
 CACHE_BYTES = 256 * 2**20  # more than any GPU's cache
 
 
@@ -73,9 +83,11 @@ def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
 
 
 def timings(device: torch.device, repeats: int) -> Iterator[Timing]:
-    """Products of a 4096 x 4096 weight with 1, 16 and 256 tokens, gradients, and mask searches."""
+    """Products of a 4096 x 4096 weight with 1, 16 and 256 tokens, by vectors with more; gradients, mask searches."""
     for tokens in TOKENS:
         yield from _products(device, tokens, repeats)
+    for tokens in MANY:
+        yield from _products_of_vectors(device, tokens, repeats)
     yield from _gradients(device, TOKENS[-1], repeats)
     yield from _searches(device, repeats)
 
@@ -90,18 +102,18 @@ def _of_layer(device: torch.device, layer: Layer, dtype: torch.dtype) -> Iterato
         (layer.rows,),
     )
     weight, x, dy, bias = (torch.randn(size, generator=generator).to(device) for size in sizes)
-    weight = (weight * reference.mask(weight, n, m)).to(dtype)
+    weight = (weight * _by_vectors(weight, n, m, layer.vector)).to(dtype)
     exact = weight.double()
-    packed = nm.pack(weight, n, m, weight != 0)
+    packed = nm.pack(weight, n, m, weight != 0, vector=layer.vector)
     narrow = x.to(dtype)
 
     def unpacked(gradient: Tensor) -> Tensor:
-        return nm.NMTensor(gradient, packed.places, packed.shape, n, m).to_dense()
+        return replace(packed, values=gradient).to_dense()
 
     def gradients() -> float:
         """Autograd gives what the ops give, and leaves no slope where nothing is kept."""
         leaf, values = x.clone().requires_grad_(), packed.values.clone().requires_grad_()
-        nm.linear(leaf, nm.NMTensor(values, packed.places, packed.shape, n, m), bias).backward(dy)
+        nm.linear(leaf, replace(packed, values=values), bias).backward(dy)
         assert leaf.grad is not None and values.grad is not None
         dx = (leaf.grad != ops.input_gradient(dy, packed)).sum()
         dw = (values.grad != ops.weight_gradient(dy, x, packed)).sum()
@@ -156,6 +168,18 @@ def _of_mask(device: torch.device, n: int, m: int, groups: int) -> Iterator[Chec
             return float((nm.mask(weight, n, m, 1).cpu() != wanted).sum())
 
         yield measured("nm", f"mask {n}:{m}, {name}", "not as specified", different, 0.0)
+    whole = torch.randn(37, groups * m, generator=generator).mul(4).round()  # sums of it are exact in any order
+
+    def different_in_vectors() -> float:
+        return float((nm.mask(whole.to(device), n, m, 1, vector=16).cpu() != _by_vectors(whole, n, m, 16)).sum())
+
+    yield measured("nm", f"mask {n}:{m}, vectors", "not as specified", different_in_vectors, 0.0)
+
+
+def _by_vectors(weight: Tensor, n: int, m: int, vector: int) -> Tensor:
+    """The specified mask of a weight whose rows share their places in vectors."""
+    sums = torch.stack([rows.abs().sum(dim=0) for rows in weight.split(vector)])
+    return reference.mask(sums, n, m).repeat_interleave(vector, 0)[: len(weight)]
 
 
 def _products(device: torch.device, tokens: int, repeats: int) -> Iterator[Timing]:
@@ -184,6 +208,24 @@ def _products(device: torch.device, tokens: int, repeats: int) -> Iterator[Timin
         yield _timed(f"2:4 {SIZE}^2", "torch's 2:4, one copy", calls, tokens, repeats, work, beside)
     except Exception as error:  # its own terms: device, cuSPARSELt, shapes
         print(f"torch's own 2:4 product with {tokens} tokens was not timed: {type(error).__name__}: {error}")
+
+
+def _products_of_vectors(device: torch.device, tokens: int, repeats: int) -> Iterator[Timing]:
+    """Beside dense products of the same dtype; the rate is that of a dense product in the same time."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SIZE, SIZE, generator=generator).to(device)
+    x = torch.randn(tokens, SIZE, generator=generator).to(device)
+    work = 2 * SIZE * SIZE * tokens / 1e9, "TFLOP/s"
+    for dtype in NAMES:
+        calls = _dense_calls(x.to(dtype), weight.to(dtype))
+        dense = _timed(f"{SIZE}^2", f"dense {NAMES[dtype]}, many tokens", calls, tokens, repeats, work)
+        yield dense
+        for n, m in SHARED:
+            for vector in (32, 64, 128):
+                packed = nm.pack(weight, n, m, vector=vector, dtype=dtype)
+                calls = _packed_calls(x.to(dtype), packed)
+                case = f"{packed.pattern} {SIZE}^2"
+                yield _timed(case, f"vectors {NAMES[dtype]}", calls, tokens, repeats, work, dense)
 
 
 def _gradients(device: torch.device, tokens: int, repeats: int) -> Iterator[Timing]:
@@ -223,7 +265,7 @@ def _dense_calls(x: Tensor, weight: Tensor) -> list[Call]:
 
 def _packed_calls(x: Tensor, packed: nm.NMTensor) -> list[Call]:
     def copy() -> nm.NMTensor:
-        return nm.NMTensor(packed.values.clone(), packed.places.clone(), packed.shape, packed.n, packed.m)
+        return replace(packed, values=packed.values.clone(), places=packed.places.clone())
 
     return _in_turns([partial(nm.linear, x, copy()) for _ in range(_copies(packed.nbytes))])
 

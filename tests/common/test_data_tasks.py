@@ -115,6 +115,19 @@ def test_the_same_generator_draws_the_same(task):
     assert torch.equal(first.tokens, one.tokens) and not torch.equal(first.tokens, second.tokens)
 
 
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_questions_can_stand_apart(task):
+    size = 3 if task == "filter" else 2
+    batch = tasks.draw(task, length=120, batch=3, generator=generator(), queries=4, gap=3)
+    assert batch.tokens.shape == (3, 120) and batch.prompt == 120 - 4 * (size + 3)
+    behind = batch.tokens[:, batch.prompt :].unflatten(1, (4, -1))
+    assert (behind[..., size:] >= FILLER.start).all() and (behind[..., :size] < FILLER.start).all()
+    assert torch.equal(behind[..., size - 1], batch.tokens[batch.answers].view(3, 4))
+    for row, questions in zip(batch.tokens.tolist(), behind[..., :size].tolist(), strict=True):
+        prompt = row[1 : batch.prompt - 1]
+        assert [ORACLES[task](prompt, question[:-1]) for question in questions] == [q[-1] for q in questions]
+
+
 def test_scores_by_hand():
     batch = tasks.draw("retrieve", length=64, batch=4, generator=generator(), queries=4)
     hidden = batch.masked()

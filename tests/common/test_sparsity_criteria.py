@@ -296,9 +296,11 @@ def test_the_model_comes_back_in_the_mode_it_was_in():
     assert model[0].weight.requires_grad
 
 
-def test_a_bar_shows_every_layer(capsys):
-    prune_(network(), 2, 4, calibration=[correlated(32, 16)], where=ALL)
-    assert "wanda: 100%" in capsys.readouterr().out
+def test_a_bar_shows_every_batch_and_every_layer(capsys):
+    model = network()
+    layers = len(prune_(model, 2, 4, calibration=[correlated(32, 16)] * 3, where=ALL))
+    shown = capsys.readouterr().out
+    assert "wanda: 100%" in shown and f" {3 * layers + layers}/{3 * layers + layers} " in shown  # each a block
     prune_(network(), 2, 4, calibration=[correlated(32, 16)], progress=False, where=ALL)
     assert capsys.readouterr().out == ""
 

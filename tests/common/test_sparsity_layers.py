@@ -352,6 +352,12 @@ def errors():
         (nn.Conv2d(8, 8, 1, groups=4), dict(where=everything, axis="out"), ValueError, "its 2 output channels"),
         (whole, dict(where=everything), TypeError, "torch.int32"),
         (wavy, dict(where=everything), TypeError, "torch.complex64"),
+        (
+            nn.Conv2d(8, 8, 1),
+            dict(where=everything, vector=16),
+            ValueError,
+            "a convolution, and vectors are",
+        ),
     ]
 
 
@@ -371,11 +377,45 @@ def test_a_choice_that_cannot_be_is_one_clear_line(model, config, kind, message)
         (dict(n=2, m=4, axis="up"), "axis 'up'"),
         (dict(n=2, m=4, refresh=0), "refresh 0"),
         (dict(n=2, m=4, recipe="srste"), "recipe 'srste'"),
+        (dict(n=2, m=4, vector=8), r"got vector 8; expected one of \(1, 16, 32"),
+        (dict(n=2, m=4, vector=16, axis="out"), "vector 16 with axis 'out'"),
+        (dict(n=2, m=4, vector=16, recipe=BDWP()), "and BDWP; expected axis 'in' and a recipe of one mask"),
     ],
 )
 def test_a_configuration_that_cannot_be(config, message):
     with pytest.raises((ValueError, TypeError), match=message):
         NMConfig(**config)
+
+
+VECTORS: list[Recipe] = [STE(), SRSTE(DECAY), Gradual(2), MDGFLinear(4, c=0.25), SDGFStepwise(4)]
+
+
+@pytest.mark.parametrize("recipe", VECTORS, ids=repr)
+def test_vectors_of_outputs_keep_the_same_inputs_all_the_way(recipe: Recipe):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 40))
+    handle = sparsify_(model, NMConfig(1, 4, where=everything, recipe=recipe, vector=16))
+    seen = []
+    for _ in range(5):
+        with torch.no_grad():
+            model[0].weight.add_(0.05 * torch.randn_like(model[0].weight))
+        handle.step()
+        seen.append(handle.masks()["0"])
+        assert all(torch.equal(seen[-1][row], seen[-1][row // 16 * 16]) for row in range(40))
+    rule = handle.layers["0"].rule
+    assert (rule.n, rule.m, rule.vector) == (1, 4, 16) and "1:4x16 along in" in repr(model[0])
+    if not isinstance(recipe, Gradual):  # whose pruned weights stay pruned
+        assert torch.equal(seen[-1], nm.mask(model[0].weight.detach(), 1, 4, vector=16))
+    handle.finalize_()
+    assert torch.equal(handle.masks()["0"], seen[-1])
+
+
+def test_a_mask_that_differs_within_a_vector_is_refused():
+    model = nn.Sequential(nn.Linear(16, 40))
+    handle = sparsify_(model, NMConfig(1, 4, where=everything, recipe=Fixed(), vector=16))
+    with pytest.raises(ValueError, match="of '0' differs within 16 rows"):
+        handle.set_masks({"0": nm.mask(torch.randn(40, 16), 1, 4)})
+    handle.set_masks({"0": nm.mask(torch.randn(40, 16), 1, 4, vector=16)})
 
 
 def test_masks_that_do_not_fit_are_refused():

@@ -88,6 +88,58 @@ def test_training_goes_on_from_a_file(tmp_path):
     torch.testing.assert_close(other.eval()(x), net.eval()(x))
 
 
+@pytest.mark.parametrize("pattern", [(2, 4), (5, 32)], ids=str)
+def test_vectors_come_back_and_the_header_says_so(pattern, tmp_path):
+    (n, m), path = pattern, tmp_path / "net.safetensors"
+
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(64, 40), nn.GELU(), nn.Linear(40, 8))
+
+    def header() -> tuple[str, dict[str, Any]]:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata()["version"], json.loads(file.metadata()["layers"])
+
+    trained, x = net(), torch.randn(6, 64)
+    sparsify_(trained, NMConfig(n, m, where=["0"]))
+    save_packed(trained, path)
+    assert header()[0] == "1" and "vector" not in header()[1]["0"]  # older releases read it
+    plain = path.stat().st_size
+
+    trained = net()
+    handle = sparsify_(trained, NMConfig(n, m, where=["0"], vector=16))
+    masks, expected = handle.masks(), trained(x)
+    save_packed(trained, path)
+    assert header() == ("2", {"0": {"n": n, "m": m, "axis": "in", "shape": [40, 64], "vector": 16}})
+    assert path.stat().st_size < plain
+    loaded = net()
+    found = load_packed(path, loaded)
+    assert torch.equal(found["0"], masks["0"])
+    torch.testing.assert_close(loaded(x), expected)
+    sparsify_(loaded, NMConfig(n, m, where=["0"], recipe=Fixed(), vector=16)).set_masks(found)
+    assert pack_(loaded) == ["0"] and repr(loaded[0]).endswith(f"{n}:{m}x16 packed)")
+    torch.testing.assert_close(loaded(x), expected)
+    optimizer = torch.optim.SGD(loaded.parameters(), 0.1)
+    loaded(x).square().sum().backward()
+    optimizer.step()
+    assert loaded[0].weight.vector == 16 and not torch.allclose(loaded(x), expected)
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for vector, message in (
+        (7, "got vectors of 7 rows"),
+        (32, "values .* and places"),
+        ("16", "got vectors of 16"),
+    ):
+        layers = json.dumps({"0": header()[1]["0"] | {"vector": vector}})
+        save_file(tensors, tmp_path / "bad", {"format": "resparse-nm", "version": "2", "layers": layers})
+        with pytest.raises(PackedFileError, match=f"damaged at layer '0' .*{message}"):
+            load_packed(tmp_path / "bad", net())
+    tensors["0.weight.places"] += m
+    save_file(tensors, tmp_path / "bad", {"format": "resparse-nm", "version": "2", "layers": json.dumps(header()[1])})
+    with pytest.raises(PackedFileError, match=f"in groups of {m}"):
+        load_packed(tmp_path / "bad", net())
+
+
 def test_groups_that_keep_fewer_come_back_too(tmp_path):
     net, path = nn.Sequential(nn.Linear(8, 2)), tmp_path / "net.safetensors"
     handle = sparsify_(net, NMConfig(2, 4, where=["0"], recipe=Fixed()))
@@ -133,7 +185,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
     for size in (0, 5, 100, len(whole) - 1):
         assert "cut short" in message(whole[:size])
-    assert "version '2'" in message(whole.replace(b'"version":"1"', b'"version":"2"'))
+    assert "version '3'" in message(whole.replace(b'"version":"1"', b'"version":"3"'))
     save_file({"x": torch.ones(1)}, path)
     assert "no packed N:M model" in message(path.read_bytes())
     assert "'0.bias' is [32] in the file and [16] in the model (7 such)" in message(whole, model(16))

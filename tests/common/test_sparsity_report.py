@@ -71,10 +71,21 @@ def test_no_speedup_is_claimed_for_a_layer_smaller_than_what_was_measured(table)
     table([3.0] * 5)
     found = report(model())
     assert [layer.speedup for layer in found.layers] == [None, None] and found.speedup is None
-    assert str(found).count("unknown: smaller than what was measured") == 2 and "nothing claimed" in str(found)
+    assert str(found).count("unknown: not measured here") == 2 and "nothing claimed" in str(found)
     mixed = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1016), nn.Linear(1016, 4))
     sparsify_(mixed, NMConfig(2, 8))
     assert [layer.speedup for layer in report(mixed).layers] == [3.0, None] and report(mixed).speedup is None
+
+
+def test_vectors_have_smaller_places_and_a_crossover_of_their_own(table):
+    net = nn.Sequential(nn.Linear(1024, 1000, bias=False), nn.Linear(1000, 4, bias=False))
+    sparsify_(net, NMConfig(2, 8, vector=64))
+    table([3.0] * 5)
+    (layer,) = report(net).layers
+    assert layer.pattern == "2:8x64" and layer.packed_bytes == 1000 * 256 * 4 + 16 * 256
+    assert layer.speedup is None  # the table is of single rows
+    pack_(net)
+    assert report(net).layers == [layer]
 
 
 def test_a_convolution_claims_nothing(table):

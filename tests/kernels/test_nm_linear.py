@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import info, nm
-from kernels.bench import other_isas
+from kernels._load import native
+from kernels.bench import other_isas, with_isa
 from kernels.nm import crossover, reference
 from kernels.nm.tensor import from_groups, to_groups
 
 ISAS = [info()["isa"], *other_isas(), "emulated512"]
+TILED = [isa for isa in ISAS if isa == "amx"] + ["emulated_amx"]
 PATTERNS = (
     (2, 4),
     (1, 4),
@@ -249,13 +251,119 @@ def test_nan_and_infinity_pass_through(isa: str) -> None:
     assert nm.linear(torch.ones(1, 32), nm.pack(weight, 2, 8))[0].isnan().nonzero().flatten().tolist() == [2]
 
 
+# --- bfloat16 in tiles
+
+
+@pytest.fixture(params=TILED)
+def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("KERNELS_ISA", request.param)
+    return request.param
+
+
+def halves(rows: int, groups: int, n: int, m: int, tokens: int) -> tuple[nm.NMTensor, Tensor, Tensor, Tensor]:
+    """packed and x in bfloat16, bias in float32, and x W^T + bias in float64."""
+    weight, bias, x, _ = made(rows, groups, n, m, tokens)
+    packed, x = nm.pack(weight.bfloat16(), n, m), x.bfloat16()
+    return packed, x, bias, x.double() @ packed.to_dense().double().T + bias.double()
+
+
+def close_half(found: Tensor, exact: Tensor, terms: int) -> None:
+    """Within one rounding to the 8 bits of bfloat16 and what float32 sums can differ by."""
+    assert found.dtype == torch.bfloat16 and found.shape == exact.shape
+    slack = 4e-7 * terms + 1e-6 * math.sqrt(terms)
+    assert bool(((found.double() - exact).abs() <= (exact.abs() + slack) * 2**-8 + slack).all())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}:{p[1]}")
+def test_products_in_tiles_are_those_of_the_dense_weight(tiled: str, pattern: tuple[int, int]) -> None:
+    n, m = pattern
+    for rows, groups, tokens in ((1, 1, 16), (16, 3, 17), (33, 7, 33), (50, 5, 70)):
+        packed, x, bias, exact = halves(rows, groups, n, m, tokens)
+        close_half(nm.linear(x, packed, bias), exact, groups * n)
+        close_half(nm.linear(x, packed), exact - bias.double(), groups * n)
+    assert native().nm_takes_bfloat16(n, m, 16) == (8 * n >= m)
+    assert not native().nm_takes_bfloat16(n, m, 15)
+
+
+def test_more_columns_and_tokens_than_a_task_holds_in_tiles(tiled: str) -> None:
+    for n, m, groups, tokens in ((2, 4, 300, 20), (3, 7, 160, 40), (4, 24, 60, 16), (1, 2, 20, 1100)):
+        packed, x, bias, exact = halves(40, groups, n, m, tokens)
+        close_half(nm.linear(x, packed, bias), exact, groups * n)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 70), groups=st.integers(1, 9), m=st.integers(1, 40), tokens=st.integers(1, 70), data=st.data()
+)
+def test_any_shape_in_tiles(rows: int, groups: int, m: int, tokens: int, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, m))
+    packed, x, bias, exact = halves(rows, groups, n, m, tokens)
+    close_half(with_isa("emulated_amx", lambda: nm.linear(x, packed, bias)), exact, groups * n)
+
+
+def test_bits_of_tiles_do_not_depend_on_threads(tiled: str) -> None:
+    for rows, tokens in ((70, 33), (20, 1100)):
+        packed, x, bias, _ = halves(rows, 20, 2, 4, tokens)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(nm.linear(x, packed, bias))
+        assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_tiles_add_as_the_manual_says(tiled: str) -> None:
+    # 16 rows of a weight that keeps all of 32 columns, most of them zero
+    def product(weight: dict[int, float], x: dict[int, float], bias: float = 0.0) -> float:
+        w, tokens = torch.zeros(16, 32), torch.zeros(16, 32)
+        for column in weight:
+            w[:, column], tokens[:, column] = weight[column], x[column]
+        packed = nm.pack(w.bfloat16(), 1, 1)
+        found = nm.linear(tokens.bfloat16(), packed, torch.full((16,), bias)).float()
+        assert (found == found[0, 0]).all()
+        return found[0, 0].item()
+
+    one = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
+    assert product({0: 2.0**24, 2: 1.0, 4: -(2.0**24)}, one | {4: 1.0}) == 0  # even columns in their order
+    assert product({0: 2.0**24, 1: 1.0, 2: -(2.0**24)}, one) == 1  # odd ones by themselves
+    assert product({0: 2.0**24, 1: 3.0, 2: 1.0, 3: 2.0**24}, one, -(2.0**25)) == 4  # 2^24 + (2^24 + 3, rounded to 4)
+    assert product({0: 1 + 2**-7}, {0: 1 + 2**-7}, -1 - 2**-6) == 2**-14  # the product itself is exact
+    assert product({0: 2.0**-130}, {0: 2.0**100}) == 0  # smaller than a normal number: counts as zero
+    assert product({0: 2.0**-64}, {0: 2.0**-64}) == 0
+
+
+def test_a_nan_spoils_its_token_in_tiles(tiled: str) -> None:
+    packed, x, _, _ = halves(20, 4, 2, 8, 40)
+    x[1, 5], x[3, 31] = math.nan, math.inf
+    y = nm.linear(x, packed)
+    assert y[[1, 3]].isnan().any(dim=1).all() and y[1].isnan().all()
+    assert y[[i for i in range(40) if i not in (1, 3)]].isfinite().all()
+
+
+def test_gradients_of_bfloat16_are_those_of_float32(tiled: str) -> None:
+    packed, x, bias, _ = halves(40, 6, 2, 4, 33)
+    dy = torch.randn(33, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    dense = packed.to_dense()
+    for wide in (torch.float32, torch.bfloat16):
+        x, values = x.to(wide).detach().requires_grad_(), packed.values.detach().clone().requires_grad_()
+        through, offset = dense.clone().requires_grad_(), bias.clone().requires_grad_()
+        found = nm.NMTensor(values, packed.places, packed.shape, 2, 4)
+        nm.linear(x, found, offset).backward(dy.to(wide))
+        nm.linear(x.detach(), found, straight_through=through).backward(dy.to(wide))
+        assert x.grad is not None and x.grad.dtype == wide
+        grads = x.grad.bfloat16(), values.grad, offset.grad, through.grad
+        if wide == torch.float32:
+            expected = grads
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_into_one_graph(dynamic: bool) -> None:
     weight, bias, x, _ = made(24, 4, 2, 4, 12)
     packed = nm.pack(weight, 2, 4)
 
     def loss(x: Tensor, values: Tensor) -> Tensor:
-        y = nm.linear(2 * x, nm.NMTensor(values, packed.places, packed.shape, 2, 4), bias, dense=False)
+        y = nm.linear(2 * x, nm.NMTensor(values, packed.places, packed.shape, 2, 4), bias)
         return y.square().sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -321,12 +429,54 @@ def test_speedup_reads_the_table(tmp_path: Path) -> None:
     assert nm.speedup(1, 4, 1) == 1.5  # not measured: as the next denser pattern
     assert nm.speedup(3, 4, 1) == 0.0  # denser than all that was measured
     assert nm.speedup(2, 4, 1, torch.bfloat16) is None
-    with pytest.raises(ValueError, match="got 0 tokens"):
+    with pytest.raises(ValueError, match=r"got 0 tokens and a weight of \[2048, 2048\]"):
         nm.speedup(2, 4, 0)
-    (tmp_path / "table.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a weight of \[0, 8\]"):
+        nm.speedup(2, 4, 1, shape=(0, 8))
+    for broken in ("{", "[1]", '{"avx2": 1}'):
+        (tmp_path / "table.json").write_text(broken)
+        crossover._table.cache_clear()
+        with pytest.raises(ValueError, match="is no table of crossovers"):
+            nm.speedup(2, 4, 1)
+
+
+def sized_table(path: Path) -> None:
+    sizes = {"256": [0.25] * 5, "1024": [0.9, 1.1, 2.0, 2.0, 2.0], "4096": [3.0] * 5}
+    vectors = {"2:8x32": {"1024": [0.5] * 5, "4096": [4.0] * 5}}
+    path.write_text(json.dumps({info()["isa"]: {"float32": {"2:8": sizes} | vectors}}))
     crossover._table.cache_clear()
-    with pytest.raises(ValueError, match="is no table of crossovers"):
-        nm.speedup(2, 4, 1)
+
+
+def test_speedup_goes_by_the_nearest_size_and_vector(tmp_path: Path) -> None:
+    sized_table(tmp_path / "table.json")
+    shapes = [(256, 256), (64, 2048), (128, 128), (512, 600), (1024, 1024), (2000, 2000), (2100, 2100), (9000, 9000)]
+    assert [nm.speedup(2, 8, 1, shape=shape) for shape in shapes] == [0.25, 0.25, 0.25, 0.9, 0.9, 0.9, 3.0, 3.0]
+    assert nm.speedup(2, 8, 1, shape=(127, 127)) is None  # less than a quarter of what was measured
+    assert nm.speedup(2, 8, 8, shape=(1024, 1024)) == 1.1
+    assert [nm.speedup(1, 8, 1, shape=(4096, 4096), vector=vector) for vector in (1, 16, 256)] == [3.0, 4.0, 4.0]
+    assert nm.speedup(2, 4, 1, vector=32) == 0.0  # denser than all vectors that were measured
+    table(tmp_path / "table.json", [1.5, 2.0, 0.5, 1.2, 1.4])  # of before there were sizes: of 2048 x 2048
+    assert nm.speedup(2, 4, 1, shape=(1024, 1024)) == nm.speedup(2, 4, 1, shape=(8192, 8192)) == 1.5
+    assert nm.speedup(2, 4, 1, shape=(512, 512)) is None and nm.speedup(2, 4, 1, vector=32) is None
+
+
+def test_small_weights_run_dense_where_large_ones_run_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sized_table(tmp_path / "table.json")
+    taken = []
+    monkeypatch.setattr(crossover, "dense_is_faster", asked(taken))
+    small, wide, shared = (
+        nm.pack(torch.randn(rows, columns), 2, 8, vector=vector)
+        for rows, columns, vector in ((16, 16, 1), (16384, 512, 1), (16, 16, 32))
+    )
+    for packed in (small, wide, shared):
+        x = torch.randn(1, packed.shape[1])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            y = nm.linear(x, packed)
+        assert torch.allclose(y, x @ packed.to_dense().T, atol=1e-5)
+        assert len(said) == (packed is not wide)
+        assert taken.pop() == (packed is not wide)
+        assert not said or f"is faster than {packed.pattern} at some sizes of the weight" in str(said[0].message)
 
 
 def test_linear_runs_dense_where_that_is_faster_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,21 +484,48 @@ def test_linear_runs_dense_where_that_is_faster_and_says_so(tmp_path: Path, monk
     weight, bias, x, _ = made(24, 4, 2, 4, 16)
     packed = nm.pack(weight, 2, 4)
     taken = []
-    monkeypatch.setattr("kernels.nm.ops.linear", lambda *_: taken.append("packed") or torch.zeros(16, 24))
+    monkeypatch.setattr(crossover, "dense_is_faster", asked(taken))
     with pytest.warns(UserWarning, match="a dense torch.float32 product is faster than 2:4"):
         y = nm.linear(x, packed, bias)
-    assert torch.allclose(y, x @ weight.T + bias, atol=1e-5) and not taken
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias)) and taken == [True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nm.linear(x, packed, bias)  # said once
         nm.linear(x, packed, bias, dense=False)
-    assert taken == ["packed"]
+        assert taken == [True, True]
+        nm.linear(x[:1], packed, bias)
+    assert taken == [True, True, False]
+
+
+def asked(answers: list[bool]) -> Callable[[nm.NMTensor, int], bool]:
+    """`dense_is_faster`, which notes what it said."""
+    ask = crossover.dense_is_faster
+    return lambda packed, tokens: answers.append(ask(packed, tokens)) or answers[-1]
+
+
+def test_gradients_are_the_same_where_it_runs_dense() -> None:
+    weight, bias, x, dy = made(24, 4, 2, 8, 9)
+    found = []
+    for dense in (False, True):
+        leaf, packed = x.clone().requires_grad_(), nm.pack(weight, 2, 8)
+        packed.values.requires_grad_()
+        nm.linear(leaf, packed, bias, dense=dense).backward(dy)
+        found.append((leaf.grad, packed.values.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_autotune_keeps_a_table_for_this_machine(tmp_path: Path) -> None:
-    path = nm.autotune(size=64, quick=True)
-    assert path == tmp_path / "table.json"
-    found = json.loads(path.read_text())[info()["isa"]]
+    path = tmp_path / "table.json"
+    old = {"2:4": [1.0] * 5}
+    path.write_text(json.dumps({"another": {"float32": old}}))  # what is known of other instruction sets stays
+    assert nm.autotune(sizes=(64, 128), quick=True) == path
+    tables = json.loads(path.read_text())
+    assert tables["another"]["float32"] == {"2:4": {"2048": [1.0] * 5}}
+    found = tables[info()["isa"]]
     assert set(found) == {"float32", "bfloat16"}
-    assert all(len(ratios) == len(crossover.TOKENS) and min(ratios) > 0 for ratios in found["float32"].values())
-    assert nm.speedup(2, 4, 1) == found["float32"]["2:4"][0]
+    assert set(found["float32"]) == {"2:4", "1:4", "2:8", "1:8", "1:16", "1:32", "2:4x32", "2:8x32", "1:8x32"}
+    for sizes in found["float32"].values():
+        assert set(sizes) == {"64", "128"}
+        assert all(len(ratios) == len(crossover.TOKENS) and min(ratios) > 0 for ratios in sizes.values())
+    assert nm.speedup(2, 4, 1, shape=(64, 64)) == found["float32"]["2:4"]["64"][0]
+    assert nm.speedup(2, 4, 1, shape=(100, 128), vector=64) == found["float32"]["2:4x32"]["128"][0]

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from common.sparsity import PackedLinear, pretrained
 from common.sparsity.pretrained import load
 from pipelines import cli, sparsify_report, sparsify_tasks
+from pipelines.sparsify_methods import TRAINED
 
 pytestmark = pytest.mark.filterwarnings("default")  # other people's packages warn about themselves
 
@@ -64,6 +66,9 @@ def test_each_method_ends_in_a_packed_model_that_loads(method: str, place: Path,
     said = done("--model", place / "llama", "--data", place / "text.txt", "--method", method, "--out", out, *SMALL)
     assert f"{IN_BLOCKS} become 2:8 by {method}" in said and "lm_head: dense" in said
     assert "before   perplexity" in said and "after    perplexity" in said and f'load("{out}")' in said
+    bars = {"before", "pruned", "loaded"} | ({"pruned, not trained"} if method in TRAINED else {method} - {"magnitude"})
+    assert bars <= {line.strip().partition(":")[0] for line in said.splitlines() if "100%|" in line}
+    assert ("by magnitude and not trained" in said) == (method in TRAINED)
     assert sorted(path.name for path in out.iterdir()) == [
         *("REPORT.md", "config.json", "packed.safetensors", "report.json", "resparse.json"),
         *("tokenizer.json", "tokenizer_config.json"),
@@ -110,7 +115,7 @@ def test_the_report_holds_what_was_measured(place: Path, tmp_path: Path) -> None
         "packed float32",
         "lm_head",
         "speed here: ",
-        "unknown: smaller than what was measured",
+        "unknown: not measured here",
     ):
         assert text in written and text in said
 
@@ -244,6 +249,29 @@ def test_weights_that_run_away_are_never_taken_for_a_good_state(place: Path, tmp
     line = refused(*arguments, "--out", tmp_path / "lost", "--lr", "10")
     assert line.startswith("the weights have run away (a held-out loss of") and "in step 4 of 4" in line
     assert not (tmp_path / "lost" / "resparse.json").exists()
+
+
+def test_a_training_that_does_harm_ends_with_a_warning(place: Path, tmp_path: Path) -> None:
+    arguments = ("--model", place / "llama", "--data", place / "text.txt", "--method", "srste", *SMALL)
+    said = done(*arguments, "--out", tmp_path / "wild", "--lr", "1")  # the model is there, so it is no failure
+    found = json.loads((tmp_path / "wild" / "report.json").read_text())
+    assert found["loaded"] > 1000 * found["untrained"] > 1000
+    (line,) = [line for line in said.splitlines() if line.startswith("warning")]
+    assert f"perplexity {found['loaded']:.4g} after 4 steps, expected better than the {found['untrained']:.4g}" in line
+    assert "--lr 0.1 instead of 1" in line and line in (tmp_path / "wild" / "REPORT.md").read_text()
+    calm = done(*arguments, "--out", tmp_path / "calm", "--lr", "3e-4")
+    found = json.loads((tmp_path / "calm" / "report.json").read_text())
+    assert found["loaded"] < found["untrained"] and "warning" not in calm
+
+
+def test_what_is_better_depends_on_the_metric() -> None:
+    options = Namespace(lr=0.0, steps=4)
+    for larger, harmed, fine in ((False, (5.0, 6.0), (6.0, 5.0)), (True, (60.0, 50.0), (50.0, 60.0))):
+        task = Namespace(larger_is_better=larger, metric="metric", unit="")
+        for (untrained, loaded), expected in ((harmed, 1), (fine, 0), ((5.0, 5.0), 0), ((5.0, float("nan")), 1)):
+            found = sparsify_report.Findings(1.0, untrained, loaded=loaded)
+            assert len(sparsify_report._warning(task, found, options)) == expected  # type: ignore[arg-type]
+    assert sparsify_report._warning(task, sparsify_report.Findings(1.0, loaded=0.0), options) == []  # type: ignore[arg-type]
 
 
 def test_a_training_does_not_go_on_with_other_settings(
