@@ -5,7 +5,8 @@
     print(run.report())
 
 A method of one's own is a `Policy`: `with video_attention(pipe, MyPolicy()) as run: ...`. Diffusion language models are
-reached by `language_attention`.
+reached by `language_attention`. Causal ones, whose prompt and decoding are thinned out in ways of their own, are served
+by `common.attention.causal`.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ WINNER = 0.3  # share of a group's places that its most common word takes; three
 @dataclass(frozen=True)
 class TaskBatch:
     """`tokens` int64 [B, L] with the answers in place; `answers` bool [B, L], where they are; `prompt` the number of
-    tokens up to and with ASK, the same in every sequence."""
+    tokens up to and with the last ASK, the same in every sequence."""
 
     task: str
     tokens: Tensor
@@ -65,7 +65,15 @@ class Score:
 
 
 def draw(
-    task: str, *, length: int, batch: int, generator: Generator, queries: int = 8, hops: int = 2, gap: int = 0
+    task: str,
+    *,
+    length: int,
+    batch: int,
+    generator: Generator,
+    queries: int = 8,
+    hops: int = 2,
+    gap: int = 0,
+    announce: bool = False,
 ) -> TaskBatch:
     """A batch of sequences of exactly `length` tokens, no padding; the same for the same state of the generator.
 
@@ -74,6 +82,8 @@ def draw(
         queries: questions asked of each prompt; for `common` at most 8, for `filter` also the number of chapters.
         hops: of `track`: a chain is a variable that gets a value and so many others, each set to the one before.
         gap: filler behind each answer.
+        announce: all questions stand once more at the prompt's end, `... ASK question question ... ASK`, as they do in
+            benchmarks; methods that thin out a prompt once, before the first answer, may look at them there.
 
     Raises ValueError for an unknown task, or a length in which so many questions have no room.
     """
@@ -84,7 +94,8 @@ def draw(
             f"tasks.draw: got batch={batch}, queries={queries}, hops={hops}, gap={gap}; expected at least 1, 1, 0 and 0"
         )
     size = (3 if task == "filter" else 2) + gap  # of a question, its answer and the gap
-    room = length - 2 - queries * size  # without the mark and ASK
+    extra = queries * (size - gap - 1) + 1 if announce else 0
+    room = length - 2 - queries * size - extra  # without the mark and ASK
     chance = random.Random(int(torch.randint(2**62, (), generator=generator)))
     makers: dict[str, Callable[[], tuple[list[int], list[list[int]]]]] = {
         "retrieve": lambda: _retrieve(room, queries, chance),
@@ -95,11 +106,12 @@ def draw(
     rows = []
     for _ in range(batch):
         prompt, asked = makers[task]()
+        once_more = [*itertools.chain(*(one[:-1] for one in asked)), ASK] if announce else []
         behind = [[*question, *chance.choices(FILLER, k=gap)] for question in asked]
-        rows.append([MARKS[task], *prompt, ASK, *itertools.chain(*behind)])
+        rows.append([MARKS[task], *prompt, ASK, *once_more, *itertools.chain(*behind)])
     answers = torch.zeros(batch, length, dtype=torch.bool)
     answers[:, length - 1 - gap - torch.arange(queries) * size] = True
-    return TaskBatch(task, torch.tensor(rows), answers, room + 2)
+    return TaskBatch(task, torch.tensor(rows), answers, room + 2 + extra)
 
 
 def score(batch: TaskBatch, predicted: Tensor) -> Score:
