@@ -124,7 +124,7 @@ def test_vectors_come_back_and_the_header_says_so(pattern, tmp_path):
     assert loaded[0].weight.vector == 16 and not torch.allclose(loaded(x), expected)
 
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     for vector, message in (
         (7, "got vectors of 7 rows"),
         (32, "values .* and places"),
@@ -200,7 +200,7 @@ def test_a_damaged_header_or_place_is_found_before_anything_is_written(tmp_path)
     save_packed(net, path)
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     layers = json.loads(header["layers"])
     first = next(iter(layers))
     values, places = (f"{first}.weight.{part}" for part in ("values", "places"))

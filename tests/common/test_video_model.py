@@ -30,7 +30,11 @@ def test_the_exact_velocity_has_no_loss_and_leads_to_the_video():
     assert velocity_loss(network, video, text, present, draw).item() < 1e-9
     for steps, shift in ((1, 1.0), (7, 1.0), (7, 5.0)):
         network.times, seen = [], []
-        out = sample(network, noise, text, present, steps=steps, shift=shift, after_step=lambda n, x: seen.append(n))  # noqa: B023
+
+        def note(done, _, seen=seen):
+            seen.append(done)
+
+        out = sample(network, noise, text, present, steps=steps, shift=shift, after_step=note)
         assert (out - video).abs().max() < 1e-5
         assert len(network.times) == steps and seen == list(range(1, steps + 1)) and network.times[0] == 1.0
     assert network.times[3] > 0.8  # of seven steps at shift 5 most lie near the noise
