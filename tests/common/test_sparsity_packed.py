@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from nm_tables import packed_always  # noqa: F401  (a fixture of every test: these layers are small enough to run dense)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn

@@ -63,16 +63,18 @@ def test_small_weights_run_dense_where_large_ones_run_packed(tmp_path: Path, mon
     sized_table(tmp_path / "table.json")
     taken = []
     monkeypatch.setattr(crossover, "dense_is_faster", asked(taken))
+    draw = torch.Generator().manual_seed(0)
     small, wide, shared = (
-        nm.pack(torch.randn(rows, columns), 2, 8, vector=vector)
+        nm.pack(torch.randn(rows, columns, generator=draw), 2, 8, vector=vector)
         for rows, columns, vector in ((16, 16, 1), (16384, 512, 1), (16, 16, 32))
     )
     for packed in (small, wide, shared):
-        x = torch.randn(1, packed.shape[1])
+        x = torch.randn(1, packed.shape[1], generator=draw)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             y = nm.linear(x, packed)
-        assert torch.allclose(y, x @ packed.to_dense().T, atol=1e-5)
+        exact = x.double() @ packed.to_dense().double().T
+        assert torch.allclose(y.double(), exact, atol=1e-4)  # float32 sums of 128 terms
         assert len(said) == (packed is not wide)
         assert taken.pop() == (packed is not wide)
         assert not said or f"is faster than {packed.pattern} at some sizes of the weight" in str(said[0].message)
