@@ -185,15 +185,18 @@ def interpolated(points: Mapping[float, float], at: float) -> float:
     return points[places[-1]]
 
 
-def tolerated(errors: Mapping[float, float], limit: float) -> float:
-    """The largest sparsity up to which the error {sparsity: error} stays within `limit`, on straight lines between."""
+def tolerated(errors: Mapping[float, float], limit: float, end: float = 1.0) -> float:
+    """The largest sparsity up to which the error {sparsity: error} stays within `limit`, on straight lines between.
+
+    At most `end`: of curves that never break, what differs is only where they were last measured.
+    """
     places = sorted(errors)
     if errors[places[0]] > limit:
         return 0.0
     for left, right in itertools.pairwise(places):
         if errors[right] > limit:
-            return left + (right - left) * (limit - errors[left]) / (errors[right] - errors[left])
-    return places[-1]
+            return min(end, left + (right - left) * (limit - errors[left]) / (errors[right] - errors[left]))
+    return min(end, places[-1])
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

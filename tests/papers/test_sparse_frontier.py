@@ -79,6 +79,7 @@ def test_errors_and_interpolation_by_hand() -> None:
     errors = {0.0: 0.0, 0.5: 0.02, 0.9: 0.10, 0.95: 0.01}
     assert method.tolerated(errors, 0.05) == pytest.approx(0.5 + 0.4 * 3 / 8)  # up to the first excess
     assert method.tolerated(errors, 0.2) == 0.95
+    assert method.tolerated(errors, 0.2, 0.9) == method.tolerated({0.0: 0.0, 0.97: 0.1}, 0.2, 0.9) == 0.9
     assert method.tolerated({0.0: 0.3, 0.5: 0.0}, 0.2) == 0
 
 
