@@ -206,6 +206,7 @@ SABOTAGE: dict[str, Pair] = {
     "perplexity-at-a-sixteenth": changed(dense=7.0),
     "perplexity-dense": changed(dense=7.0),
     **both("qk-beats-q", as_another("ds", "ds_q")),
+    "qk-beats-q-at-a-sixteenth": as_another("ds", "ds_q"),
     **both("q-beats-k", as_another("ds_q", "ds_k")),
     **both("a-thirty-second-collapses", changed(harder=HARDER | {32: 2.0})),
     **both("channels-are-static", lambda: (rankings(0.01), rankings(30.0))),
