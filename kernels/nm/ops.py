@@ -44,6 +44,10 @@ def _unpacked(values: Tensor, places: Tensor, m: int, vector: int, rows: int) ->
     return reference.unpack(*to_groups(values, places, m, rows, vector), m)
 
 
+def _packed(values: Tensor, places: Tensor, m: int, vector: int, rows: int) -> NMTensor:
+    return NMTensor(values.detach(), places, (rows, values.shape[1] * m), values.shape[2], m, vector)
+
+
 def _linear_kernel(
     x: Tensor,
     values: Tensor,
@@ -57,16 +61,19 @@ def _linear_kernel(
 ) -> Tensor:
     backend = backend_for(x.device, x.dtype)
     given = None if bias is None else bias.detach().contiguous()
-    weight = NMTensor(values.detach(), places, (rows, values.shape[1] * m), values.shape[2], m, vector)
     if dense is None:  # here and not before, so that a compiler neither reads the table nor takes it for fixed
-        dense = backend == _dispatch.CPU and crossover.dense_is_faster(weight, len(x))
+        dense = backend == _dispatch.CPU and crossover.dense_is_faster(_packed(values, places, m, vector, rows), len(x))
     narrow = x.dtype == torch.bfloat16 and not x.is_cuda
-    if narrow and (dense or vector > 1 or backend != _dispatch.CPU or not _in_tiles(weight, len(x))):
+    # bfloat16 is multiplied by bfloat16 where this processor does that, and for this pattern it is worth it
+    in_tiles = narrow and backend == _dispatch.CPU and native().nm_takes_bfloat16(values.shape[2], m, len(x))
+    if narrow and (dense or vector > 1 or not in_tiles):
         wide = _linear_kernel(x.float(), values, places, m, vector, rows, bias, straight_through, dense)
         return wide.to(x.dtype)
     if dense:
         return torch.nn.functional.linear(
-            x, weight.to_dense().to(x.dtype), None if given is None else given.to(x.dtype)
+            x,
+            _packed(values, places, m, vector, rows).to_dense().to(x.dtype),
+            None if given is None else given.to(x.dtype),
         )
     if backend == _dispatch.REFERENCE:
         given = None if given is None else given.to(x.dtype)
@@ -84,11 +91,6 @@ def _linear_kernel(
     y = x.new_empty(len(x), rows)
     native().nm_linear(bits(x.contiguous()), bits(values), places, m, given, bits(y), torch.get_num_threads())
     return y
-
-
-def _in_tiles(weight: NMTensor, tokens: int) -> bool:
-    """Whether this processor multiplies bfloat16 by bfloat16, and this pattern is worth it."""
-    return native().nm_takes_bfloat16(weight.n, weight.m, tokens)
 
 
 def _linear_fake(

@@ -32,6 +32,10 @@ enum class Group { narrow, wide, widest, longer };
 
 // ---- few tokens: sixteen rows along the lanes
 
+// Bytes of values, and of places, that are asked for before they are needed: a processor fetches ahead by itself, but
+// not beyond a page of 4096 bytes, which these are read through in less time than memory answers.
+constexpr int kValuesAhead = 4096, kPlacesAhead = 1024;
+
 template <class L, Group group>
 typename L::F picked(const float* x, const typename L::F* window, typename L::I index) {
     if constexpr (group == Group::narrow) return L::pick(window, index);
@@ -55,13 +59,16 @@ void few_tokens(const Packed& w, int64_t block, const float* x, int64_t stride, 
         F window[Count][windows + 1];
         for (int t = 0; t < Count; ++t)
             for (int i = 0; i < windows; ++i) window[t][i] = L::load(x + t * stride + i * L::N);
-        for (int slot = 0; slot < w.n; ++slot, value += kBlock, place += nibbles ? kBlock / 2 : kBlock)
+        for (int slot = 0; slot < w.n; ++slot, value += kBlock, place += nibbles ? kBlock / 2 : kBlock) {
+            __builtin_prefetch(reinterpret_cast<const char*>(value) + kValuesAhead);
+            __builtin_prefetch(place + kPlacesAhead);
             for (int part = 0; part < parts; ++part) {
                 const F v = load_values<L>(value + part * L::N);
                 const typename L::I index = nibbles ? L::nibbles(place, part) : L::bytes(place + part * L::N);
                 for (int t = 0; t < Count; ++t)
                     sum[t][part] = L::fma(v, picked<L, kind>(x + t * stride, window[t], index), sum[t][part]);
             }
+        }
     }
     for (int t = 0; t < Count; ++t)
         for (int part = 0; part < parts; ++part) L::store(out + t * kBlock + part * L::N, sum[t][part]);
