@@ -34,7 +34,7 @@ def shapes(count: int, *, seed: int) -> Captioned:
         return low + (high - low) * torch.rand(count, *shape, generator=draw)
 
     radius = torch.tensor(list(RADIUS.values()))[size] * uniform(0.92, 1.08)
-    free = (SIZE / 2 - 0.5 - radius)[:, None]  # so that a shape stays inside
+    free = (SIZE / 2 - 1 - radius)[:, None]  # so that a shape stays inside
     middle = free * uniform(-1, 1, 2)
     paint = (torch.tensor(list(COLOURS.values()))[colour] + uniform(-0.08, 0.08, 3)).clamp(0, 1)[..., None, None]
     slope = uniform(-0.06, 0.06)[:, None, None]
