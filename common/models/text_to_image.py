@@ -64,6 +64,9 @@ class TextToImage(nn.Module):
         seed: of the words' vectors; the core's weights come from torch's global generator.
     """
 
+    table: Tensor
+    places: Tensor
+
     def __init__(self, kind: Kind, *, width: int, depth: int, size: int = 16, seed: int = 0):
         super().__init__()
         cores = {"unet": _unet, "dit": _transformer}
@@ -72,7 +75,6 @@ class TextToImage(nn.Module):
         self.core = cores[kind](width, depth, size)
         self.schedule = Schedule.cosine(TIMES)
         draw = torch.Generator().manual_seed(seed)
-        self.table: Tensor
         self.register_buffer("table", torch.randn(len(VOCABULARY), TEXT_WIDTH, generator=draw))
         self.register_buffer("places", torch.randn(LENGTH, TEXT_WIDTH, generator=draw) / 4)  # where in the caption
 
@@ -155,7 +157,7 @@ def sample(
 
 
 def _unet(width: int, depth: int, size: int) -> nn.Module:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     if width < GROUPS or width % GROUPS or depth < 2 or size % 2 ** (depth - 1):
         raise ValueError(
@@ -178,7 +180,7 @@ def _unet(width: int, depth: int, size: int) -> nn.Module:
 
 
 def _transformer(width: int, depth: int, size: int) -> nn.Module:
-    from diffusers import PixArtTransformer2DModel
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
     if width < HEAD or width % HEAD or depth < 1 or size % PATCH:
         raise ValueError(
