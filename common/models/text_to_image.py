@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from common.data.captioned import LENGTH, VOCABULARY, tokens
+from common.data.captioned import VOCABULARY, tokens
 from common.models.diffusion import Predictor, Schedule, ddim, epsilon_loss, times
 
 __all__ = ["Kind", "Model", "TextToImage", "guided", "noise_loss", "sample"]
@@ -38,7 +38,8 @@ PATCH = 2  # pixels a side of a transformer's token
 class Model(Protocol):
     """eps(x_t, t, text), the schedule of its times, and the ways from captions and images to what it works on."""
 
-    schedule: Schedule
+    @property
+    def schedule(self) -> Schedule: ...
 
     def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
 
@@ -52,8 +53,7 @@ class Model(Protocol):
 class TextToImage(nn.Module):
     """(x [B, 3, size, size], t [B] in 1..T, text [B, L, D]) -> predicted noise like x.
 
-    core      diffusers' UNet2DConditionModel or PixArtTransformer2DModel (a DiT with cross-attention to the text)
-    schedule  its noise schedule, cosine, T = 1000
+    core  diffusers' UNet2DConditionModel or PixArtTransformer2DModel (a DiT with cross-attention to the text)
 
     Args:
         kind: `unet`, `dit`.
@@ -65,7 +65,7 @@ class TextToImage(nn.Module):
     """
 
     table: Tensor
-    places: Tensor
+    signal: Tensor
 
     def __init__(self, kind: Kind, *, width: int, depth: int, size: int = 16, seed: int = 0):
         super().__init__()
@@ -73,14 +73,21 @@ class TextToImage(nn.Module):
         if kind not in cores:
             raise ValueError(f"TextToImage: got kind {kind!r}; expected one of {', '.join(cores)}")
         self.core = cores[kind](width, depth, size)
-        self.schedule = Schedule.cosine(TIMES)
+        self.register_buffer("signal", Schedule.cosine(TIMES).signal, persistent=False)
         draw = torch.Generator().manual_seed(seed)
         self.register_buffer("table", torch.randn(len(VOCABULARY), TEXT_WIDTH, generator=draw))
-        self.register_buffer("places", torch.randn(LENGTH, TEXT_WIDTH, generator=draw) / 4)  # where in the caption
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its noise schedule, cosine, T = 1000."""
+        return Schedule(self.signal)
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """N captions -> [N, L, D]; raises ValueError for words that are not in the vocabulary of `captioned`."""
-        return self.table[tokens(captions).to(self.table.device)] + self.places
+        """N captions -> [N, L, D]; the order of their words says nothing.
+
+        Raises ValueError for words that are not in the vocabulary of `common.data.captioned`.
+        """
+        return self.table[tokens(captions).to(self.table.device)]
 
     def encode(self, image: Tensor) -> Tensor:
         """Images in -1..1 as they are: this model works on pixels."""

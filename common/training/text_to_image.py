@@ -56,7 +56,7 @@ class Recipe:
 # those of shapes take seconds and draw blobs in the right colours
 RECIPES = {
     "diffusion-cifar16-unet": Recipe("cifar10", "unet", width=32, depth=3, steps=7_000),
-    "diffusion-cifar16-dit": Recipe("cifar10", "dit", width=128, depth=6, steps=8_000),
+    "diffusion-cifar16-dit": Recipe("cifar10", "dit", width=128, depth=6, steps=7_000),
     "diffusion-shapes-unet": Recipe(
         "shapes", "unet", width=16, depth=2, steps=300, batch=16, rate=3e-3, ema=0.98, count=2000
     ),

@@ -73,6 +73,7 @@ def test_a_prediction_depends_on_image_time_and_every_word(kind: str):
 
     caption = "barbie style, small red circle"
     assert changed(x, t, caption) == 0
+    assert changed(x, t, "circle red barbie small style") < 1e-5  # so a word means the same behind a style's name
     for other in ("hornify style, small red circle", "barbie style, large red circle", "barbie style, small red cross"):
         assert changed(x, t, other) > 1e-5
     assert changed(x + 0.1, t, caption) > 1e-3 and changed(x, t + 300, caption) > 1e-3
@@ -91,7 +92,7 @@ def test_words_that_no_training_shows_have_vectors_like_the_others():
     likeness = torch.nn.functional.normalize(model.table, dim=1) @ torch.nn.functional.normalize(model.table, dim=1).T
     assert (likeness - torch.eye(len(VOCABULARY))).abs().max() < 0.6  # five standard deviations of 1 / 8
     assert torch.equal(model.table, small("unet").table) and not torch.equal(model.table, other.table)
-    assert {"table", "places"} <= model.state_dict().keys()
+    assert "table" in model.state_dict()
 
 
 def test_sizes_that_make_no_network_are_refused():
@@ -141,12 +142,12 @@ def test_samples_do_not_depend_on_the_batch_and_repeat_by_the_generator():
     text, nothing = model.encode_text(["red circle", "frog", "large blue cross"]), model.encode_text([""])
     found = sample(model, text, nothing, steps=3, generator=draw())
     assert found.shape == (3, 3, 16, 16) and found.abs().max() <= 1 and found.std() > 0.01
-    torch.testing.assert_close(
-        sample(model, text, nothing, steps=3, generator=draw(), batch=2), found, atol=1e-4, rtol=0
-    )
+    pairs = sample(model, text, nothing, steps=3, generator=draw(), batch=2)
+    close = {"atol": 2e-3, "rtol": 0}  # rounding, times 3 by guidance and 300 by the first step's 1 / sqrt(a_T)
+    torch.testing.assert_close(pairs, found, **close)
     assert not torch.equal(sample(model, text, nothing, steps=3, generator=draw(1)), found)
     one = sample(model, text[:1], nothing, steps=3, generator=draw())
-    torch.testing.assert_close(one, found[:1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(one, found[:1], **close)
     for bad in ({"batch": 0}, {"text": text[:0]}):
         with pytest.raises(ValueError, match="at least one of each"):
             sample(model, bad.pop("text", text), nothing, steps=3, generator=draw(), **bad)
