@@ -91,7 +91,8 @@ def kid(first: Tensor, second: Tensor, *, generator: Generator, subsets: int = 1
         raise ValueError(
             f"kid: got size={size} and subsets={subsets} of {smaller} images; expected 2 to {smaller}, and at least 1"
         )
-    found = torch.tensor([mmd2(*(_drawn(x, size, generator) for x in (first, second))) for _ in range(subsets)])
+    drawn = [mmd2(*(_drawn(x, size, generator) for x in (first, second))) for _ in range(subsets)]
+    found = torch.tensor(drawn, dtype=torch.float64)
     return KID(float(found.mean()), float(found.std(correction=0)), subsets, size)
 
 

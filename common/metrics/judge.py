@@ -122,7 +122,9 @@ class Judge(nn.Module):
 
 
 def trained(name: str, *, retrain: bool = False, progress: Callable = no_bar) -> Judge:
-    """The judge of this name in `RECIPES`, read from `checkpoints/` or trained and kept there."""
+    """The judge of this name in `RECIPES`, read from `checkpoints/` or trained and kept there; else a ValueError."""
+    if name not in RECIPES:
+        raise ValueError(f"trained: got {name!r}; expected one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     settings = {**asdict(recipe), "styles": LOOKS, "width": WIDTH, "moved": MOVED}
 

@@ -53,7 +53,7 @@ class Recipe:
     seed: int = 0
 
 
-# those of shapes take seconds and draw blobs in the right colours
+# those of CIFAR-10 take about an hour each on one busy core; those of shapes take seconds and draw coloured blobs
 RECIPES = {
     "diffusion-cifar16-unet": Recipe("cifar10", "unet", width=32, depth=3, steps=7_000),
     "diffusion-cifar16-dit": Recipe("cifar10", "dit", width=128, depth=6, steps=7_000),
@@ -84,10 +84,12 @@ def data_of(recipe: Recipe) -> Captioned:
 def trained(
     name: str, *, retrain: bool = False, progress: Callable[..., Any] | None = None
 ) -> tuple[TextToImage, Checkpoint]:
-    """The base model of this name in `RECIPES`, read from `checkpoints/` or trained and kept there.
+    """The base model of this name in `RECIPES`, read from `checkpoints/` or trained and kept there; else a ValueError.
 
     progress  (iterable, description) draws a bar, as tqdm and `Record.progress` do
     """
+    if name not in RECIPES:
+        raise ValueError(f"trained: got {name!r}; expected one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     settings = {**asdict(recipe), "words": VOCABULARY}
     found = checkpoint(

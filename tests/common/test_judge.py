@@ -70,6 +70,8 @@ def test_a_judge_refuses_what_it_cannot_judge():
         judge.style_score(images, "baroque")
     with pytest.raises(ValueError, match="N >= 1"):
         judge.features(images[:0])
+    with pytest.raises(ValueError, match="'judge'; expected one of judge-cifar16"):
+        judges.trained("judge")
     with pytest.raises(RuntimeError, match=r"\.eval\(\)"):
         judge.train().features(images)
 

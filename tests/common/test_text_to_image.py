@@ -198,6 +198,8 @@ def test_a_base_model_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest
     assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), read.state_dict().values(), strict=True))
     monkeypatch.setitem(training.RECIPES, "diffusion-shapes-dit", replace(short, seed=1))
     assert not training.trained("diffusion-shapes-dit")[1].restored
+    with pytest.raises(ValueError, match="'diffusion-cifar'; expected one of diffusion-cifar16-unet"):
+        training.trained("diffusion-cifar")
 
 
 @pytest.mark.parametrize("kind", KINDS)
