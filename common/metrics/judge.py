@@ -58,7 +58,7 @@ class Recipe:
 
 
 RECIPES = {
-    "judge-cifar16": Recipe("cifar10", depth=14, steps=3000, batch=128),
+    "judge-cifar16": Recipe("cifar10", depth=14, steps=4000, batch=128),
     "judge-shapes": Recipe("shapes", depth=8, steps=450, batch=64, rate=6e-3, count=2000),
 }
 
