@@ -27,7 +27,8 @@ class Moments:
     @classmethod
     def zeros(cls, selection: Selection, dtype: torch.dtype = torch.float32) -> Moments:
         """Before the first step, on the selection's device."""
-        return cls(*(torch.zeros(selection.count, dtype=dtype, device=selection.device) for _ in range(2)))
+        first, second = (torch.zeros(selection.count, dtype=dtype, device=selection.device) for _ in range(2))
+        return cls(first, second)
 
 
 def adamw_(
@@ -64,11 +65,11 @@ def adamw_(
             "0 <= beta < 1 and the others >= 0"
         )
     scale = torch.as_tensor(grad_scale, dtype=state.first.dtype, device=weight.device).reshape(())
-    state.step += 1
-    ops.adamw_(
-        weight.detach(), grad.detach(), selection, state.first, state.second, master, scale,
-        lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=state.step,
-    )  # fmt: skip
+    step = state.step + 1
+    rate, root = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
+    hyper = ops.Hyper(*betas, 1 - lr * weight_decay, rate, root, eps)
+    ops.adamw_(weight.detach(), grad.detach(), selection, state.first, state.second, master, scale, hyper)
+    state.step = step
 
 
 def clip_scale(grads: Sequence[Tensor], max_norm: float) -> Tensor:
