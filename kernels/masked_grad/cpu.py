@@ -33,15 +33,8 @@ def linear_gradient(dy: Tensor, x: Tensor, offsets: Tensor, starts: Tensor) -> T
             part = dy[:, row : row + PANEL].mT
             _take(torch.mm(part, x, out=panel[: len(part)]), row, offsets, starts, rows, out)
         return out
-    native().masked_grad_linear(
-        _bits(dy.contiguous()),
-        _bits(x.contiguous()),
-        offsets,
-        starts,
-        *_room((rows, columns)),
-        out,
-        torch.get_num_threads(),
-    )
+    factors = _bits(dy.contiguous()), _bits(x.contiguous())
+    native().masked_grad_linear(*factors, offsets, starts, _room((rows, columns)), out, torch.get_num_threads())
     return out
 
 
@@ -52,10 +45,8 @@ def conv2d_gradient(dy: Tensor, x: Tensor, offsets: Tensor, starts: Tensor, wind
     if _in_panels(dy, len(offsets), matrix(shape), window.groups):
         _conv2d_in_panels(dy, x, offsets, starts, window, shape, out)
         return out
-    native().masked_grad_conv2d(
-        _bits(dy.contiguous()), _bits(x.contiguous()), offsets, starts, *window, *_room(matrix(shape), window.groups), out,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    factors, room = (_bits(dy.contiguous()), _bits(x.contiguous())), _room(matrix(shape), window.groups)
+    native().masked_grad_conv2d(*factors, offsets, starts, *window, room, out, torch.get_num_threads())
     return out
 
 
@@ -105,9 +96,9 @@ def _take(panel: Tensor, row: int, offsets: Tensor, starts: Tensor, rows: int, o
     native().masked_grad_take(panel, row, offsets, starts, rows, out, torch.get_num_threads())
 
 
-def _room(shape: tuple[int, int], groups: int = 1) -> tuple[Tensor]:
+def _room(shape: tuple[int, int], groups: int = 1) -> Tensor:
     """The kernel's scratch, in torch's memory so that it is counted there."""
-    return (torch.empty(native().masked_grad_scratch(*shape, groups, torch.get_num_threads())),)
+    return torch.empty(native().masked_grad_scratch(*shape, groups, torch.get_num_threads()))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -40,8 +40,9 @@ class Selection:
             )
         if not _in_order(self):  # a kernel would write elsewhere
             raise ValueError(
-                f"Selection: got offsets or starts that do not fit a weight of {list(self.shape)}; expected starts that "
-                "grow from 0 to k, and in each tile growing offsets within the weight; make one with Selection.from_mask"
+                f"Selection: got offsets or starts that do not fit a weight of {list(self.shape)}; expected starts "
+                "that grow from 0 to k, and in each tile growing offsets within the weight; make one with "
+                "Selection.from_mask"
             )
 
     @classmethod

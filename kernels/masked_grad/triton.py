@@ -11,6 +11,7 @@ reasoned, and not yet tuned on a GPU.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,8 @@ ROWS, FEW_ROWS = 64, 16  # of the part of a tile that a program makes; few where
 TOKENS = 32  # summed at once
 ENTRIES = 256  # picked at once
 UPDATED = 128  # entries that a program of the update takes at once
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def linear_gradient(dy: Tensor, x: Tensor, offsets: Tensor, starts: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ def _gradient(
         _gradient_kernel[(across, parts, groups)](
             dy.contiguous(), x.contiguous(), offsets, starts, out, length, rows, columns, across, size, *image,
             POINTWISE=pointwise, ROWS=part, TILE=TILE, TOKENS=TOKENS, ENTRIES=ENTRIES,
-            PRECISION="tf32x3" if dy.dtype == torch.float32 else "tf32",
+            PRECISION="tf32x3" if dy.dtype == torch.float32 else "tf32", INTERPRETED=INTERPRETED,
         )  # fmt: skip
     return out
 
@@ -140,6 +143,7 @@ def _gradient_kernel(
     TOKENS: tl.constexpr,
     ENTRIES: tl.constexpr,
     PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     group = tl.program_id(2)
     begin = group * size
@@ -176,6 +180,8 @@ def _gradient_kernel(
             seen = there[:, None] & (column < columns)[None, :] & (y >= 0) & (y < height) & (z >= 0) & (z < width)
         a = tl.load(dy + a_at, mask=mine[:, None] & there[None, :], other=0.0)
         b = tl.load(x + b_at, mask=seen, other=0.0)
+        if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as whole numbers
+            a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     flat = tl.reshape(total, (ROWS * TILE,))
     for entry in range(first, last, ENTRIES):

@@ -94,7 +94,8 @@ def _check(weight: Tensor, grad: Tensor, selection: Selection, state: Moments, m
     call = "kernels.masked_grad.adamw_"
     if tuple(weight.shape) != selection.shape:
         raise ValueError(
-            f"{call}: got a weight of {list(weight.shape)} and a selection of {list(selection.shape)}; expected the same"
+            f"{call}: got a weight of {list(weight.shape)} and a selection of {list(selection.shape)}; expected "
+            "the same"
         )
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     tensors = {"grad": grad, "state.first": state.first, "state.second": state.second, "master": master}

@@ -176,7 +176,7 @@ def test_wrong_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         call(state=Moments(state.first, state.second.double()))
     with pytest.raises(TypeError, match=r"got weight of torch\.float16"):
         call(weight.half())
-    with pytest.raises(TypeError, match="a master of a weight of torch.float32"):
+    with pytest.raises(TypeError, match=r"a master of a weight of torch\.float32"):
         call(master=grad)
     with pytest.raises(ValueError, match="got lr=-1"):
         call(lr=-1)

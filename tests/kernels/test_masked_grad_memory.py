@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common.metrics.memory import StorageTracker
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.metrics.memory import StorageTracker
 from kernels import masked_grad
-from kernels.masked_grad import Moments, Selection, cpu
+from kernels.masked_grad import Moments, Selection
 
 WIDTH, TOKENS = 512, 40
 PANEL = 128 * WIDTH * 4  # bytes: columns of the input, transposed, for 128 tokens; a dense panel of 64 rows has half
@@ -105,8 +105,6 @@ def test_the_tracker_sees_what_dense_layers_hold() -> None:
         before = tracker.live
         stack.prepare()
         assert tracker.live - before == 8 * stack.chosen + 4 * 4  # an index that is there already is not copied
-        slope = cpu.linear_gradient(x.detach(), stack.inputs, stack.selections[0].offsets, stack.selections[0].starts)
-        assert tracker.live >= before + 8 * stack.chosen + 4 * stack.selections[0].count
 
 
 def test_a_convolution_never_holds_its_dense_gradient() -> None:
