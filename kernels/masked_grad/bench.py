@@ -62,7 +62,8 @@ def _linear(rows: int, columns: int, tokens: int, density: float) -> Case:
     order = positions.argsort()  # of a CSR matrix
     crow = torch.zeros(rows + 1, dtype=torch.int64)
     crow[1:] = torch.bincount(positions // columns, minlength=rows).cumsum(0)
-    pattern = torch.sparse_csr_tensor(crow, positions[order] % columns, torch.zeros(len(order)), (rows, columns))
+    zeros = torch.zeros(len(order))
+    pattern = torch.sparse_csr_tensor(crow, positions[order] % columns, zeros, (rows, columns), check_invariants=True)
     narrow = dy.bfloat16(), x.bfloat16()
     contenders = [
         Contender("dense, then taken", lambda: (dy.mT @ x).flatten()[positions], _same, ours=True),

@@ -1,7 +1,7 @@
 """Gradients of chosen entries and their update on the GPU, in Triton: float32 sums, no atomics, the same bits again.
 
 Tensor cores make the dense product of a tile in registers; then its chosen entries are picked out and stored, and the
-tile is forgotten. A linear layer is the convolution of images of one pixel.
+tile is forgotten. A linear layer is the convolution of images of one pixel: Triton compiles a size of 1 as a constant.
 
 float32 is multiplied as three tf32 products, about as exact as float32. Written for Triton 3.6 and later, CUDA; checked
 there by `make gpu-check`, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1) by the tests. Sizes of tiles are
@@ -44,7 +44,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 def linear_gradient(dy: Tensor, x: Tensor, offsets: Tensor, starts: Tensor) -> Tensor:
     """Chosen entries [k], float32, of dy^T x; dy [T, O] and x [T, I] of one dtype."""
     image = (1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1)
-    return _gradient(dy, x, offsets, starts, (dy.shape[1], x.shape[1]), len(dy), 1, image, pointwise=True)
+    return _gradient(dy, x, offsets, starts, (dy.shape[1], x.shape[1]), len(dy), 1, image)
 
 
 def conv2d_gradient(dy: Tensor, x: Tensor, offsets: Tensor, starts: Tensor, window: Window) -> Tensor:
@@ -52,7 +52,7 @@ def conv2d_gradient(dy: Tensor, x: Tensor, offsets: Tensor, starts: Tensor, wind
     shape = matrix((dy.shape[1], x.shape[1] // window.groups, *window.size))
     image = (*x.shape[2:], *dy.shape[2:], *window.size, *window.stride, *window.padding, *window.dilation)
     length = dy.shape[0] * dy.shape[2] * dy.shape[3]
-    return _gradient(dy, x, offsets, starts, shape, length, window.groups, image, pointwise=False)
+    return _gradient(dy, x, offsets, starts, shape, length, window.groups, image)
 
 
 def adamw_(
@@ -87,8 +87,6 @@ def _gradient(
     length: int,
     groups: int,
     image: tuple[int, ...],
-    *,
-    pointwise: bool,
 ) -> Tensor:
     out = torch.zeros(len(offsets), dtype=torch.float32, device=dy.device)
     if not out.numel() or not length:
@@ -101,8 +99,8 @@ def _gradient(
     across = tiles(shape)[1]
     with _on(dy.device):
         _gradient_kernel[(across, parts, groups)](
-            dy.contiguous(), x.contiguous(), offsets, starts, out, length, rows, columns, across, size, *image,
-            POINTWISE=pointwise, ROWS=part, TILE=TILE, TOKENS=TOKENS, ENTRIES=ENTRIES,
+            dy.contiguous(), x.contiguous(), offsets, starts, out, length, rows, columns, size, *image,
+            ROWS=part, TILE=TILE, TOKENS=TOKENS, ENTRIES=ENTRIES,
             PRECISION="tf32x3" if dy.dtype == torch.float32 else "tf32", INTERPRETED=INTERPRETED,
         )  # fmt: skip
     return out
@@ -123,7 +121,6 @@ def _gradient_kernel(
     length,  # images * out_height * out_width
     rows,
     columns,
-    across,  # tiles beside each other
     size,  # rows of a group
     height,
     width,
@@ -137,7 +134,6 @@ def _gradient_kernel(
     padding_x,
     dilation_y,
     dilation_x,
-    POINTWISE: tl.constexpr,  # all of image sizes 1: tokens are images
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -145,52 +141,62 @@ def _gradient_kernel(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    group = tl.program_id(2)
-    begin = group * size
+    begin = tl.program_id(2) * size
     top = (begin // ROWS + tl.program_id(1)) * ROWS
-    tile = top // TILE * across + tl.program_id(0)
     if top >= begin + size:
         return
-    first = tl.load(starts + tile)
-    last = tl.load(starts + tile + 1)
+    tile = top // TILE * tl.cdiv(columns, TILE) + tl.program_id(0)
+    first, last = tl.load(starts + tile), tl.load(starts + tile + 1)
     if first == last:
         return
-    row = top + tl.arange(0, ROWS)
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    mine = (row >= begin) & (row < begin + size)
-    window, area = kernel_height * kernel_width, out_height * out_width
+    row, column = top + tl.arange(0, ROWS), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    area, window = out_height * out_width, kernel_height * kernel_width
     channel, place = column // window, column % window
-    u, v = place // kernel_width * dilation_y - padding_y, place % kernel_width * dilation_x - padding_x
-    channels = columns // window
     total = tl.zeros((ROWS, TILE), tl.float32)
     for start in range(0, length, TOKENS):
         token = start + tl.arange(0, TOKENS)
-        there = token < length
-        if POINTWISE:
-            a_at = token.to(tl.int64)[None, :] * rows + row[:, None]
-            b_at = token.to(tl.int64)[:, None] * columns + column[None, :]
-            seen = there[:, None] & (column < columns)[None, :]
-        else:
-            image, at = token // area, token % area
-            a_at = (image.to(tl.int64)[None, :] * rows + row[:, None]) * area + at[None, :]
-            y = (at // out_width * stride_y)[:, None] + u[None, :]
-            z = (at % out_width * stride_x)[:, None] + v[None, :]
-            plane = (image.to(tl.int64) * (rows // size) + group)[:, None] * channels + channel[None, :]
-            b_at = (plane * height + y) * width + z
-            seen = there[:, None] & (column < columns)[None, :] & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        a = tl.load(dy + a_at, mask=mine[:, None] & there[None, :], other=0.0)
-        b = tl.load(x + b_at, mask=seen, other=0.0)
-        if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as whole numbers
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        image, at = (token // area).to(tl.int64), token % area
+        mine = ((row >= begin) & (row < begin + size))[:, None] & (token < length)[None, :]
+        a = tl.load(dy + (image[None, :] * rows + row[:, None]) * area + at[None, :], mask=mine, other=0.0)
+        y = (at // out_width * stride_y - padding_y)[:, None] + (place // kernel_width * dilation_y)[None, :]
+        z = (at % out_width * stride_x - padding_x)[:, None] + (place % kernel_width * dilation_x)[None, :]
+        plane = (image * (rows // size) + tl.program_id(2))[:, None] * (columns // window) + channel[None, :]
+        seen = (token < length)[:, None] & (column < columns)[None, :]
+        seen &= (y >= 0) & (y < height) & (z >= 0) & (z < width)
+        b = tl.load(x + (plane * height + y) * width + z, mask=seen, other=0.0)
+        total = _dot(a, b, total, PRECISION, INTERPRETED)
+    _store_chosen(total, offsets, out, first, last, top, begin, size, ROWS, TILE, ENTRIES)
+
+
+@jit
+def _dot(a, b, total, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as whole numbers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@jit
+def _store_chosen(
+    total,  # [ROWS, TILE], rows from `top` on
+    offsets,
+    out,
+    first,
+    last,
+    top,
+    begin,
+    size,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Entries first .. last - 1 of the tile, those of them that are in this part and group."""
     flat = tl.reshape(total, (ROWS * TILE,))
     for entry in range(first, last, ENTRIES):
         e = entry + tl.arange(0, ENTRIES)
-        offset = tl.load(offsets + e, mask=e < last, other=0).to(tl.int32)
-        of_part = offset - top % TILE * TILE
-        at_row = top + of_part // TILE
-        wanted = (e < last) & (of_part >= 0) & (of_part < ROWS * TILE) & (at_row >= begin) & (at_row < begin + size)
-        tl.store(out + e, tl.gather(flat, tl.where(wanted, of_part, 0), 0), mask=wanted)
+        place = tl.load(offsets + e, mask=e < last, other=0).to(tl.int32) - top % TILE * TILE
+        row = top + place // TILE
+        wanted = (e < last) & (place >= 0) & (place < ROWS * TILE) & (row >= begin) & (row < begin + size)
+        tl.store(out + e, tl.gather(flat, tl.where(wanted, place, 0), 0), mask=wanted)
 
 
 @jit

@@ -57,7 +57,6 @@ assert torch.equal(values.grad.isnan(), selection.positions() % 50 == 7)
 values.grad = None
 masked_grad.linear(x[:0], noise(40, 50), values, selection).sum().backward()
 assert torch.equal(values.grad, torch.zeros(selection.count))
-print("passed")
 """
 
 ADAMW = """
@@ -105,12 +104,14 @@ def compiled(function, capability, weight, **constants):
     assert ".f64" not in asm.asm["ptx"], "float64 by mistake"
     assert asm.metadata.shared <= 160 * 1024, f"{asm.metadata.shared} bytes of shared memory"
     return asm.asm["ptx"]
-for capability, weight, pointwise, rows in (
-    (80, "*fp32", False, kernels.ROWS), (80, "*bf16", True, kernels.ROWS), (90, "*fp32", False, kernels.FEW_ROWS),
-    (90, "*fp32", True, kernels.ROWS), (90, "*bf16", False, kernels.ROWS),
+sizes = dict.fromkeys(("height", "width", "out_height", "out_width", "kernel_height", "kernel_width"), 1)
+linear = sizes | dict.fromkeys(("stride_y", "stride_x", "dilation_y", "dilation_x"), 1)
+for capability, weight, ones, rows in (
+    (80, "*fp32", {}, kernels.ROWS), (80, "*bf16", linear, kernels.ROWS), (90, "*fp32", {}, kernels.FEW_ROWS),
+    (90, "*fp32", linear, kernels.ROWS), (90, "*bf16", {}, kernels.ROWS),
 ):
     ptx = compiled(
-        kernels._gradient_kernel, capability, weight, POINTWISE=pointwise, ROWS=rows, TOKENS=kernels.TOKENS,
+        kernels._gradient_kernel, capability, weight, **ones, ROWS=rows, TOKENS=kernels.TOKENS,
         ENTRIES=kernels.ENTRIES, PRECISION="tf32x3" if weight == "*fp32" else "tf32", INTERPRETED=False,
     )
     assert "wgmma.mma_async" in ptx or "mma.sync" in ptx, "no tensor cores"
