@@ -217,6 +217,16 @@ def test_batches_of_any_shape_and_none() -> None:
     assert torch.equal(torch.autograd.grad(y.sum(), values)[0], torch.zeros(selection.count))
 
 
+@pytest.mark.parametrize("shape", [(7, 0), (0, 7), (0, 0)])
+def test_a_weight_without_entries(shape: tuple[int, int], route: str) -> None:
+    selection, x = chosen(shape, 1.0), noise(3, shape[1]).requires_grad_()
+    values, weight = masked_grad.handle(selection), torch.zeros(shape)
+    y = masked_grad.linear(x, weight, values, selection)
+    y.sum().backward()
+    assert values.grad is not None and values.grad.shape == (0,) and y.shape == (3, shape[0])
+    masked_grad.adamw_(weight, values.grad, selection, masked_grad.Moments.zeros(selection), lr=0.1)
+
+
 def test_any_strides() -> None:
     x, weight = noise(5, 12, 7, seed=2).transpose(0, 2), noise(20, 5, seed=3)  # [7, 12, 5]
     selection = chosen((20, 5), 0.5)
