@@ -34,6 +34,12 @@ TABLE: dict[str, dict[tuple[str, torch.dtype], str]] = {
         ("cpu", torch.float64): REFERENCE,
         ("cuda", torch.float64): REFERENCE,
     },
+    "masked_grad": {
+        ("cpu", torch.float32): CPU,
+        ("cuda", torch.float32): TRITON,
+        ("cpu", torch.float64): REFERENCE,
+        ("cuda", torch.float64): REFERENCE,
+    },
     "nm": {
         ("cpu", torch.float32): CPU,
         ("cuda", torch.float32): TRITON,
