@@ -6,6 +6,7 @@ turns them back into text. Windows are drawn at random places by a generator of 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,9 +14,9 @@ import torch
 from torch import Generator, Tensor
 
 from common import seeds
-from common.data import _store
+from common.data import _registry, _store
 
-__all__ = ["Corpus", "markov", "random_windows", "shakespeare", "wikitext2"]
+__all__ = ["Corpus", "hashes", "markov", "random_windows", "shakespeare", "wikitext2"]
 
 SHAKESPEARE, WIKITEXT2 = "text_tinyshakespeare", "text_wikitext2"  # as registered
 SHARES = (0.90, 0.05, 0.05)  # train, validation and test, by position in the text
@@ -86,6 +87,15 @@ def markov(length: int, *, vocabulary: int = 27, seed: int = 0, followers: int =
             tokens[i] = likely[tokens[i - 2]][tokens[i - 1]][which[i]]
     names = tuple("abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ012345678"[:vocabulary])
     return _cut("markov", torch.tensor(tokens), names)
+
+
+def hashes(corpus: Corpus) -> dict[str, str]:
+    """Its name and sha256, for `Record.data`: that of the registered set, or of the tokens."""
+    known = _registry.registry()
+    if corpus.name in known:
+        return {corpus.name: known[corpus.name].sha256}
+    content = torch.cat([corpus.train, corpus.validation, corpus.test]).numpy().tobytes()
+    return {corpus.name: hashlib.sha256(content).hexdigest()}
 
 
 def random_windows(tokens: Tensor, *, length: int, batch: int, steps: int, generator: Generator) -> Iterator[Tensor]:

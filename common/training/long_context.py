@@ -17,13 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import seeds
-from common.data import tasks
+from common.data import tasks, text
 from common.data.text import Corpus
 from common.models.rotary_lm import RotaryLM
 from common.training.checkpoints import Checkpoint, checkpoint
 from common.training.supervised import Schedule, fit, no_bar
 
-__all__ = ["RECIPES", "TEXT", "Recipe", "build", "predictions", "questions", "text_tokens", "train", "trained"]
+__all__ = [
+    "RECIPES",
+    "TEXT",
+    "Recipe",
+    "build",
+    "corpus",
+    "predictions",
+    "questions",
+    "text_tokens",
+    "train",
+    "trained",
+]
 
 TEXT = tasks.VOCABULARY  # the number of the text's first character
 TEXT_WEIGHT = 0.5  # of its loss; that of the answers has weight 1
@@ -32,6 +43,7 @@ NEAR, RATIO = 2, 2  # see RotaryLM
 HOPS = 1  # from a variable to its value, at `track`
 # In each batch: what small models learn soon, and retrieving twice, on which tracking builds. `filter` they do not.
 DRAWN = ("retrieve", "retrieve", "track", "common")
+GENERATED, GENERATED_TOKENS = 20_000, 10  # length and vocabulary of the made-up language
 ROOMY = 96  # tokens from which on a prompt has room to announce its questions
 
 
@@ -107,6 +119,14 @@ def train(recipe: Recipe, corpus: Corpus, *, progress: Callable = no_bar, keep: 
     schedule = Schedule(steps, steps // 20)
     fit(model, _batches(recipe, corpus), _loss, optimizer, schedule, clip=CLIP, progress=progress, keep=keep)
     return model.eval()
+
+
+def corpus(dataset: str) -> Corpus:
+    """The text that the models read besides the tasks: Shakespeare for `shakespeare`, else a made-up language.
+
+    Raises as `data.path`.
+    """
+    return text.shakespeare() if dataset == "shakespeare" else text.markov(GENERATED, vocabulary=GENERATED_TOKENS)
 
 
 def questions(task: str, length: int, batch: int, seed: int, *, queries: int = 8) -> tasks.TaskBatch:

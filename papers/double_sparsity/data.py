@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from common import data as datasets
 from common import seeds
 from common.data import text
 from common.data.tasks import TaskBatch
-from common.data.text import Corpus
 from common.models.causal_lm import CausalLM
-from common.training.long_context import questions, text_tokens
+from common.training.long_context import corpus, questions, text_tokens
 from papers.double_sparsity.settings import Params
 
-__all__ = ["CHANCE", "calibration", "corpus", "hashes", "passages", "planted", "prompts", "skill"]
+__all__ = ["CHANCE", "calibration", "passages", "planted", "prompts", "skill"]
 
-GENERATED, GENERATED_TOKENS = 20_000, 10  # length and vocabulary of the made-up language
 # What guessing gets: 24 values, eight words of a group, yes or no.
 CHANCE = {"retrieve": 1 / 24, "track": 1 / 24, "common": 1 / 8, "filter": 1 / 2}
-
-
-def corpus(params: Params) -> Corpus:
-    """The text that our own models read besides the tasks. Raises as `data.path`."""
-    if params.dataset == "shakespeare":
-        return text.shakespeare()
-    return text.markov(GENERATED, vocabulary=GENERATED_TOKENS)
-
-
-def hashes(texts: Corpus) -> dict[str, str]:
-    """Name and sha256 of the text, for `Record.data`."""
-    known = datasets.registry()
-    content = torch.cat([texts.train, texts.validation, texts.test]).numpy().tobytes()
-    return {texts.name: known[texts.name].sha256 if texts.name in known else hashlib.sha256(content).hexdigest()}
 
 
 def passages(params: Params, lm: nn.Module, split: str, count: int, seed: int) -> list[Tensor]:
@@ -43,7 +25,7 @@ def passages(params: Params, lm: nn.Module, split: str, count: int, seed: int) -
     if params.dataset == "folder":
         tokens = _folder(params, lm, {"train": "calibration.txt", "test": "test.txt"}[split])
     else:
-        texts = corpus(params)
+        texts = corpus(params.dataset)
         tokens = text_tokens(texts.train if split == "train" else texts.test)
     draw = seeds.generator(seed, "passages", split)
     steps = -(-count // params.rows)

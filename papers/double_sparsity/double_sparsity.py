@@ -72,7 +72,9 @@ import numpy as np
 
 from common import params as parameters
 from common import plots
+from common.data import text
 from common.record import Record
+from common.training import long_context
 from papers.double_sparsity import data, evaluation, experiment, figures, method
 from papers.double_sparsity.settings import Params
 
@@ -153,7 +155,7 @@ else:
     name = Path(params.model).name if params.dataset == "folder" else f"long-context-{params.model}"
     record.data(re.sub(r"\W+", "_", name).lower(), sha256=lm_model.sha256)
 if params.dataset != "folder":
-    for name, sha256 in data.hashes(data.corpus(params)).items():
+    for name, sha256 in text.hashes(long_context.corpus(params.dataset)).items():
         record.data(name, sha256=sha256)
 
 # %% [markdown]

@@ -56,7 +56,9 @@ class Model:
 
 def make(params: Params, *, progress: Callable = NO_BAR) -> dict[str, Tensor]:
     """Train a model that is not kept: for the smoke profile, in seconds."""
-    return long_context.train(RECIPES[params.model], data.corpus(params), progress=progress).state_dict()
+    return long_context.train(
+        RECIPES[params.model], long_context.corpus(params.dataset), progress=progress
+    ).state_dict()
 
 
 def prepare(params: Params, *, progress: Callable = NO_BAR) -> Model:
@@ -67,7 +69,9 @@ def prepare(params: Params, *, progress: Callable = NO_BAR) -> Model:
             content.update(parameter.detach().cpu().numpy().tobytes())
         return Model(params.model, None, content.hexdigest())
     recipe, name = RECIPES[params.model], f"long-context-{params.model}"
-    _, found = long_context.trained(name, recipe, data.corpus(params), retrain=params.retrain, progress=progress)
+    _, found = long_context.trained(
+        name, recipe, long_context.corpus(params.dataset), retrain=params.retrain, progress=progress
+    )
     return Model(params.model, found.state, found.sha256)
 
 
@@ -75,7 +79,7 @@ def network(params: Params, model: Model) -> nn.Module:
     """The model on its device."""
     if model.state is None:
         return _pretrained(model.name, params.device)
-    vocabulary = len(data.corpus(params).vocabulary)
+    vocabulary = len(long_context.corpus(params.dataset).vocabulary)
     return long_context.build(RECIPES[model.name], vocabulary, model.state).to(params.device)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,17 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import data as datasets
 from common import seeds
 from common.data import text
-from common.data.text import Corpus
-from common.training.long_context import text_tokens
+from common.training.long_context import corpus, text_tokens
 from papers.lora_limits.method import Adapter, Problem, threshold
 from papers.lora_limits.settings import Params
 
-__all__ = ["REGIMES", "corpus", "hashes", "problem", "signs", "windows"]
+__all__ = ["REGIMES", "problem", "signs", "windows"]
 
-GENERATED, GENERATED_TOKENS = 20_000, 10  # length and vocabulary of the made-up language
 # Gamma of a length; the first two are below the threshold, the last one is above it
 REGIMES: dict[str, Callable[[int], float]] = {
     "constant": lambda length: 1.0,
@@ -58,26 +54,12 @@ def signs(seed: int, length: int, norm: float) -> tuple[Tensor, Tensor]:
     return norm * query, norm * key
 
 
-def corpus(params: Params) -> Corpus:
-    """The text of our own models. Raises as `data.path`."""
-    if params.dataset == "shakespeare":
-        return text.shakespeare()
-    return text.markov(GENERATED, vocabulary=GENERATED_TOKENS)
-
-
-def hashes(texts: Corpus) -> dict[str, str]:
-    """Name and sha256 of the text, for `Record.data`."""
-    known = datasets.registry()
-    content = torch.cat([texts.train, texts.validation, texts.test]).numpy().tobytes()
-    return {texts.name: known[texts.name].sha256 if texts.name in known else hashlib.sha256(content).hexdigest()}
-
-
 def windows(params: Params, lm: nn.Module, split: str, steps: int, seed: int) -> list[Tensor]:
     """`steps` batches [passages, context] at random places of a split, train or test, as the model's tokens."""
     if params.dataset == "folder":
         tokens = _folder(params.data_dir, f"{split}.txt", lm)
     else:
-        texts = corpus(params)
+        texts = corpus(params.dataset)
         tokens = text_tokens(texts.train if split == "train" else texts.test)
     draw = seeds.generator(seed, "windows", split)
     return list(text.random_windows(tokens, length=params.context, batch=params.passages, steps=steps, generator=draw))

@@ -126,7 +126,9 @@ def growth(params: Params) -> dict[str, float]:
 
 def make(params: Params, *, progress: Callable = NO_BAR) -> dict[str, Tensor]:
     """Train a model that is not kept: for the smoke profile, in seconds."""
-    return long_context.train(RECIPES[params.model], data.corpus(params), progress=progress).state_dict()
+    return long_context.train(
+        RECIPES[params.model], long_context.corpus(params.dataset), progress=progress
+    ).state_dict()
 
 
 def prepare(params: Params, *, progress: Callable = NO_BAR) -> Model:
@@ -140,7 +142,7 @@ def prepare(params: Params, *, progress: Callable = NO_BAR) -> Model:
             content.update(parameter.detach().cpu().numpy().tobytes())
         return Model(params.model, None, content.hexdigest())
     name = f"long-context-{params.model}"
-    corpus, recipe = data.corpus(params), RECIPES[params.model]
+    corpus, recipe = long_context.corpus(params.dataset), RECIPES[params.model]
     _, found = long_context.trained(name, recipe, corpus, retrain=params.retrain, progress=progress)
     return Model(params.model, found.state, found.sha256)
 
@@ -150,7 +152,7 @@ def network(params: Params, model: Model) -> nn.Module:
     if model.state is None:
         _pretrained.cache_clear()  # the adapters of another seed are in it
         return _pretrained(model.name, params.device)
-    vocabulary = len(data.corpus(params).vocabulary)
+    vocabulary = len(long_context.corpus(params.dataset).vocabulary)
     return long_context.build(RECIPES[model.name], vocabulary, model.state).to(params.device)
 
 

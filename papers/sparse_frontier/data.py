@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from common import data as datasets
-from common.data import tasks, text
+from common.data import tasks
 from common.data.tasks import TaskBatch
-from common.data.text import Corpus
 from common.training.long_context import questions
 from papers.sparse_frontier.settings import Params
 
-__all__ = ["CHANCE", "corpus", "hashes", "prompts", "skill", "spelled"]
+__all__ = ["CHANCE", "prompts", "skill", "spelled"]
 
-GENERATED, GENERATED_TOKENS = 20_000, 10  # length and vocabulary of the made-up language
 # What guessing gets: 24 values, eight words of a group, yes or no.
 CHANCE = {"retrieve_one": 1 / 24, "retrieve": 1 / 24, "track": 1 / 24, "common": 1 / 8, "filter": 1 / 2}
 
 Encode = Callable[[str], Tensor]
-
-
-def corpus(params: Params) -> Corpus:
-    """The text that our own models read besides the tasks. Raises as `data.path`."""
-    if params.dataset == "shakespeare":
-        return text.shakespeare()
-    return text.markov(GENERATED, vocabulary=GENERATED_TOKENS)
-
-
-def hashes(texts: Corpus) -> dict[str, str]:
-    """Name and sha256 of the text, for `Record.data`."""
-    known = datasets.registry()
-    content = torch.cat([texts.train, texts.validation, texts.test]).numpy().tobytes()
-    return {texts.name: known[texts.name].sha256 if texts.name in known else hashlib.sha256(content).hexdigest()}
 
 
 def prompts(params: Params, task: str, length: int, seed: int, encode: Encode | None) -> list[TaskBatch]:

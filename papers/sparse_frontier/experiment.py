@@ -39,7 +39,7 @@ class Model:
 
 def make(params: Params, name: str, *, progress: Callable = NO_BAR) -> dict[str, Tensor]:
     """Train a model that is not kept: for the smoke profile, in seconds."""
-    return long_context.train(RECIPES[name], data.corpus(params), progress=progress).state_dict()
+    return long_context.train(RECIPES[name], long_context.corpus(params.dataset), progress=progress).state_dict()
 
 
 def prepare(params: Params, name: str, *, progress: Callable = NO_BAR) -> Model:
@@ -50,7 +50,11 @@ def prepare(params: Params, name: str, *, progress: Callable = NO_BAR) -> Model:
             content.update(parameter.detach().cpu().numpy().tobytes())
         return Model(name, None, content.hexdigest())
     _, found = long_context.trained(
-        f"long-context-{name}", RECIPES[name], data.corpus(params), retrain=params.retrain, progress=progress
+        f"long-context-{name}",
+        RECIPES[name],
+        long_context.corpus(params.dataset),
+        retrain=params.retrain,
+        progress=progress,
     )
     return Model(name, found.state, found.sha256)
 
@@ -60,7 +64,7 @@ def network(params: Params, model: Model) -> tuple[nn.Module, data.Encode | None
     if model.state is None:
         loaded = _pretrained(model.name, params.device)
         return loaded, loaded.encode
-    vocabulary = len(data.corpus(params).vocabulary)
+    vocabulary = len(long_context.corpus(params.dataset).vocabulary)
     return long_context.build(RECIPES[model.name], vocabulary, model.state).to(params.device), None
 
 

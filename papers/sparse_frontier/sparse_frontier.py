@@ -77,7 +77,9 @@ import numpy as np
 from common import params as parameters
 from common import plots
 from common.attention.causal import CausalSite, queries_and_keys
+from common.data import text
 from common.record import Record
+from common.training import long_context
 from papers.sparse_frontier import data, evaluation, experiment, figures, method
 from papers.sparse_frontier.evaluation import PLACES
 from papers.sparse_frontier.settings import Params
@@ -152,7 +154,7 @@ if params.dataset == "generated":
 else:
     models_ = {name: experiment.prepare(params, name, progress=record.progress) for name in params.models}
 if params.dataset != "words":
-    for name, sha256 in data.hashes(data.corpus(params)).items():
+    for name, sha256 in text.hashes(long_context.corpus(params.dataset)).items():
         record.data(name, sha256=sha256)
 for name, model in models_.items():
     if params.dataset != "generated":

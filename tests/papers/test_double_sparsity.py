@@ -13,6 +13,7 @@ from torch import Tensor
 from common import params as parameters
 from common.attention.causal import CausalSite
 from common.models.stable_diffusion import MissingWeights
+from common.training import long_context
 from common.training.long_context import RECIPES, TEXT, build
 from papers.double_sparsity import data, evaluation, experiment, method
 from papers.double_sparsity.settings import Params
@@ -30,7 +31,7 @@ def tiny(**changes) -> Params:
 
 def untrained(params: Params) -> experiment.Model:
     torch.manual_seed(0)
-    state = build(RECIPES["tiny"], len(data.corpus(params).vocabulary)).state_dict()
+    state = build(RECIPES["tiny"], len(long_context.corpus(params.dataset).vocabulary)).state_dict()
     return experiment.Model("tiny", state, "")
 
 

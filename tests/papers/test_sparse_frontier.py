@@ -12,6 +12,7 @@ from common import params as parameters
 from common.attention.prefill import BlockSparse, FlexPrefill
 from common.data import tasks
 from common.models.stable_diffusion import MissingWeights
+from common.training import long_context
 from common.training.long_context import RECIPES, build, questions
 from papers.sparse_frontier import data, evaluation, experiment, method
 from papers.sparse_frontier.method import QWEN2_7B, Settings, Shape
@@ -28,7 +29,7 @@ def tiny(**changes) -> Params:
 
 def untrained(params: Params, name: str = "tiny") -> experiment.Model:
     torch.manual_seed(0)
-    state = build(RECIPES[name], len(data.corpus(params).vocabulary)).state_dict()
+    state = build(RECIPES[name], len(long_context.corpus(params.dataset).vocabulary)).state_dict()
     return experiment.Model(name, state, "")
 
 
