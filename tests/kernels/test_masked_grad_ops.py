@@ -85,6 +85,21 @@ def test_compiled_whole() -> None:
         torch.testing.assert_close(compiled, plain)
 
 
+def test_the_update_compiled() -> None:
+    selection, found = chosen((20, 30)), []
+
+    def step(weight: Tensor, grad: Tensor, state: Moments) -> None:
+        masked_grad.adamw_(weight, grad, selection, state, lr=0.1)
+
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        weight, state = noise(20, 30), Moments.zeros(selection)
+        for seed in (1, 2, 3):
+            run(weight, noise(selection.count, seed=seed), state)
+        assert state.step == 3
+        found.append(weight)
+    assert torch.equal(*found)
+
+
 def test_a_weight_that_changes_before_backward_is_an_error() -> None:
     selection, weight = chosen((6, 5)), noise(6, 5)
     values, state = masked_grad.handle(selection), Moments.zeros(selection)
