@@ -39,7 +39,7 @@ class VideoTransformer(nn.Module):
         self, *, heads: int, double: int, single: int, head_dim: int = 64, channels: int, patch: int, text_width: int
     ):
         super().__init__()
-        from diffusers import HunyuanVideoTransformer3DModel
+        from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 
         time, space = head_dim // 4, 3 * head_dim // 8
         self.core = HunyuanVideoTransformer3DModel(
@@ -111,7 +111,7 @@ def pretrained_pipeline(name: str, *, device: str = "cuda", dtype: torch.dtype =
 
     Raises MissingWeights where it is neither here nor to be downloaded.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
         pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype)
