@@ -110,8 +110,8 @@ class Adapter:
             why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             raise OSError(
                 error.errno,
-                f"adapter of {len(content):,} bytes was not saved to {folder}: {why}; the model and what was there before "
-                "are untouched: make room, or save to another folder",
+                f"adapter of {len(content):,} bytes was not saved to {folder}: {why}; the model and what was there "
+                "before are untouched: make room, or save to another folder",
             ) from error
 
     @classmethod
@@ -131,7 +131,7 @@ class Adapter:
 def base_hash(weight: Tensor) -> str:
     """sha256 of a weight's bytes in its dtype, row by row as a selection sees it."""
     flat = weight.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

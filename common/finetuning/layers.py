@@ -60,7 +60,7 @@ class Entries:
     @property
     def transposed(self) -> bool:
         """Whether the parameter is stored the other way round."""
-        return any(isinstance(owner, ChosenConv1D) for owner in self.owners)
+        return self.parameter.ndim == 2 and any(isinstance(owner, ChosenConv1D) for owner in self.owners)
 
     @property
     def selection(self) -> Selection:

@@ -63,8 +63,8 @@ class Ledger:
 def measure(step: Callable[[], Any], model: nn.Module, optimizer: Any) -> Ledger:
     """The ledger of one training step.
 
-    step       runs forward, backward, the optimizer's step and zero_grad. It is called twice: the second one is measured,
-               so that moments are there. Tensors that it makes before the backward pass count as activations
+    step       runs forward, backward, the optimizer's step and zero_grad. It is called twice: the second one is
+               measured, so that moments are there. Tensors that it makes before the backward pass count as activations
     optimizer  any torch.optim.Optimizer
 
     Raises RuntimeError where the step makes no gradient: there is then nothing to tell apart.

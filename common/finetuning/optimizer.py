@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.finetuning.config import SaraConfig
 from common.finetuning.layers import Entries
 from common.finetuning.nuclear import subgradient
-from common.finetuning.selecting import select
+from common.finetuning.selecting import Sparse, select
 from common.training import NonFiniteError
 from kernels import masked_grad
 from kernels.masked_grad import Moments, Selection
@@ -38,7 +38,7 @@ class SaraAdamW(torch.optim.Optimizer):
         loss.backward(); clip_grad_norm_(model.parameters(), 1.0); optimizer.step(); optimizer.zero_grad()
 
     model        any torch model: its Linear, Conv2d and Conv1D layers are changed in place, all else is frozen; or what
-                 `get_peft_model` made, with a config of its own
+                 `get_peft_model` made, with a config of its own; or a `Sparse`, whose entries are chosen already
     threshold    theta; or `fraction=`, `select=`, `target_modules=`, `lambda_rank=` and what else SaraConfig has
     lr           None: `learning_rate(theta)`; for entries chosen otherwise than `smallest` it has to be given
     betas, eps, weight_decay   as in torch.optim.AdamW; only chosen entries decay
@@ -54,7 +54,7 @@ class SaraAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module | SaraModel,
+        model: nn.Module | SaraModel | Sparse,
         threshold: float | None = None,
         *,
         lr: float | None = None,
@@ -74,14 +74,21 @@ class SaraAdamW(torch.optim.Optimizer):
                 )
             self.config, sparse = model.peft_config, model.sparse
         else:
-            small = config.get("select", "smallest") == "smallest"
-            if total_steps is not None and small:
+            sparse = model if isinstance(model, Sparse) else None
+            by_size = config.get("select", "smallest") == "smallest" if sparse is None else not math.isnan(sparse.theta)
+            if total_steps is not None and by_size:
                 config.setdefault("progressive_at", 0.5)
-            self.config, sparse = SaraConfig(threshold, **config), None
-        if lr is None and self.config.select != "smallest":
-            raise ValueError(f"SaraAdamW: got no lr with select={self.config.select!r}; expected one, such as lr=1e-4")
+            if sparse is not None:
+                config["fraction"] = sparse.count / sparse.total
+            self.config = SaraConfig(threshold, **config)
+        unknown = self.config.select != "smallest" or (sparse is not None and math.isnan(sparse.theta))
+        if unknown and (lr is None or self.config.progressive_at is not None):
+            raise ValueError(
+                f"SaraAdamW: got lr={lr} and progressive_at={self.config.progressive_at} for entries that were not "
+                "chosen by select='smallest'; expected an lr, such as 1e-4, and progressive_at=None: both go by theta"
+            )
         self.adjust_at = _adjust_at(self.config, total_steps)
-        self.sparse = sparse if sparse is not None else select(model, self.config)
+        self.sparse = sparse if sparse is not None else select(model, self.config)  # pyright: ignore[reportArgumentType]
         self.steps = 0
         self._of = {entries.leaf: entries for entries in self.sparse.entries}
         lr = learning_rate(self.sparse.theta) if lr is None else lr

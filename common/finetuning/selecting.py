@@ -33,7 +33,12 @@ class Target:
     def weight(self) -> Tensor:
         """As a selection sees it, [O, ...]: see `Entries.weight`."""
         data = self.parameter.detach()
-        return data.t() if any(kind_of(owner) is ChosenConv1D for owner in self.owners) else data
+        return data.t() if self.transposed else data
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the parameter is stored the other way round."""
+        return self.parameter.ndim == 2 and any(kind_of(owner) is ChosenConv1D for owner in self.owners)
 
 
 class Sparse:
