@@ -35,8 +35,8 @@ TABLE: dict[str, dict[tuple[str, torch.dtype], str]] = {
         ("cuda", torch.float64): REFERENCE,
     },
     "masked_grad": {
-        ("cpu", torch.float32): REFERENCE,
-        ("cuda", torch.float32): REFERENCE,
+        ("cpu", torch.float32): CPU,
+        ("cuda", torch.float32): TRITON,
         ("cpu", torch.float64): REFERENCE,
         ("cuda", torch.float64): REFERENCE,
     },

@@ -9,6 +9,7 @@
 
 #include "attention/bind.h"
 #include "ct/cpu.h"
+#include "masked_grad/bind.h"
 #include "nm/bind.h"
 #include "nm/mask_bind.h"
 #include "simd/isa.h"
@@ -114,6 +115,7 @@ NB_MODULE(_native, m) {
           "out"_a.noconvert(), "source_axis"_a, "axis_detector"_a, "pitch"_a, "pixel"_a, "offset"_a, "axis"_a, "threads"_a,
           "The exact adjoint: sinogram [B, V, K] float32 -> out [B, H, W] float32.");
     kernels::attention::bind(m);
+    kernels::masked_grad::bind(m);
     kernels::nm::bind(m);
     kernels::nm::bind_mask(m);
     kernels::splat::bind(m);

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from pipelines.gpu import attention, ct, nm
+from pipelines.gpu import attention, ct, masked_grad, nm
 from pipelines.gpu.report import Check, print_checks, print_timings, write
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 2
-OPS = (ct, nm, attention)
+OPS = (ct, nm, attention, masked_grad)
 
 
 def main(arguments: list[str] | None = None) -> int:

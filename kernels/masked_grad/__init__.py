@@ -7,13 +7,14 @@
     y.sum().backward()                               # values.grad [k]; never a gradient [O, I]
     masked_grad.adamw_(weight, values.grad, selection, moments, lr=1e-4)
 
-A layer runs dense on the weight, which holds the trained values in place. Backward makes the chosen entries of the weight
-gradient and no others: products of single entries where few are chosen, else dense panels of 64 rows of which the
-entries are taken, one after the other. `adamw_` writes its update into the weight. A chosen entry costs 2 bytes of index,
-4 of gradient and 8 of moments, and nothing grows with the number of layers.
+A layer runs dense on the weight, which holds the trained values in place. Backward makes the chosen entries of the
+weight's gradient and no others: products of single entries where few are chosen, else dense panels of 64 rows of which
+the entries are taken, one after the other. `adamw_` writes its update into the weight. A chosen entry costs 2 bytes of
+index, 4 of gradient and 8 of moments; what backward holds beside them does not grow with the number of layers.
 
-float32 and bfloat16 (float32 sums). On the CPU: C++ (AVX2, AVX-512, portable); on CUDA Triton. In float64 the plain-torch
-`reference.py`, the specification, runs. KERNELS_BACKEND=reference|cpu|triton forces one.
+float32 and bfloat16 (float32 sums). On the CPU: C++ (AVX2, AVX-512, portable); on CUDA Triton. In float64 the
+plain-torch `reference.py`, the specification, runs, and makes dense gradients. KERNELS_BACKEND=reference|cpu|triton
+forces one. The same call gives the same bits again; where single entries are summed, on any number of threads.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def conv2d(
     )
     if min(shape.out_size(x.shape[2], x.shape[3])) < 1:
         raise ValueError(
-            f"kernels.masked_grad.conv2d: got images of {list(x.shape[2:])}, smaller than the window of {shape}; expected "
-            "larger images or more padding"
+            f"kernels.masked_grad.conv2d: got images of {list(x.shape[2:])}, smaller than the window of {shape}; "
+            "expected larger images or more padding"
         )
     return ops.conv2d(x, weight, values, selection, bias, shape)
 
@@ -127,8 +128,8 @@ def _padding(
     if padding == "same" and stride == (1, 1) and not any(total % 2 for total in across):
         return across[0] // 2, across[1] // 2
     raise ValueError(
-        f"kernels.masked_grad.conv2d: got padding={padding!r} with stride {stride} and a window of {across} pixels less "
-        "one; expected numbers, 'valid', or 'same' with stride 1 and the same on both sides; else pad x first"
+        f"kernels.masked_grad.conv2d: got padding={padding!r} with stride {stride} and a window of {across} pixels "
+        "less one; expected numbers, 'valid', or 'same' with stride 1 and the same on both sides; else pad x first"
     )
 
 
@@ -144,7 +145,8 @@ def _check(name: str, x: Tensor, weight: Tensor, values: Tensor, selection: Sele
     call = f"kernels.masked_grad.{name}"
     if tuple(weight.shape) != selection.shape:
         raise ValueError(
-            f"{call}: got a weight of {list(weight.shape)} and a selection of {list(selection.shape)}; expected the same"
+            f"{call}: got a weight of {list(weight.shape)} and a selection of {list(selection.shape)}; expected "
+            "the same"
         )
     if values.shape != (selection.count,):
         raise ValueError(
@@ -162,7 +164,8 @@ def _check(name: str, x: Tensor, weight: Tensor, values: Tensor, selection: Sele
     for label, tensor in (("weight", weight), ("values", values), ("bias", bias), ("selection", selection)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(
-                f"{call}: got x on {x.device} and {label} on {tensor.device}; expected one device; move it with .to(...)"
+                f"{call}: got x on {x.device} and {label} on {tensor.device}; expected one device; move it with "
+                ".to(...)"
             )
     if weight.requires_grad:
         raise ValueError(

@@ -28,11 +28,20 @@ class Window(NamedTuple):
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of what a convolution of such an image gives."""
-        rows, columns = (
-            (length + 2 * p - d * (size - 1) - 1) // s + 1
-            for length, size, s, p, d in zip((height, width), self.size, self.stride, self.padding, self.dilation)
-        )
+        moves = zip((height, width), self.size, self.stride, self.padding, self.dilation, strict=True)
+        rows, columns = ((side + 2 * p - d * (size - 1) - 1) // s + 1 for side, size, s, p, d in moves)
         return rows, columns
+
+
+class Hyper(NamedTuple):
+    """Factors of one step of AdamW: m and v as usual, then w = w keep - rate m / (sqrt(v) root + eps)."""
+
+    beta1: float
+    beta2: float
+    keep: float  # 1 - lr weight_decay
+    rate: float  # lr over the first correction of the bias
+    root: float  # of the second: one over its root
+    eps: float
 
 
 def linear(x: Tensor, weight: Tensor, values: Tensor, selection: Selection, bias: Tensor | None) -> Tensor:
@@ -55,29 +64,10 @@ def adamw_(
     second: Tensor,
     master: Tensor | None,
     scale: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
+    hyper: Hyper,
 ) -> None:
     """See kernels.masked_grad.adamw_; scale is a tensor of one number by which the gradient is multiplied first."""
-    _adamw(
-        weight,
-        grad,
-        selection.offsets,
-        selection.starts,
-        first,
-        second,
-        master,
-        scale,
-        lr,
-        *betas,
-        eps,
-        weight_decay,
-        step,
-    )
+    _adamw(weight, grad, selection.offsets, selection.starts, first, second, master, scale, *hyper)
 
 
 def backend_for(tensor: Tensor) -> str:
@@ -125,10 +115,11 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _linear_gradient_kernel(dy: Tensor, x: Tensor, offsets: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
-    shape = (dy.shape[1], x.shape[1])
-    backend_for(dy)
-    dy, x = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in (dy, x))
-    return reference.linear_gradient(dy, x, positions(offsets, starts, shape)).to(dtype)
+    kernels = _compiled(dy)
+    if kernels is None:
+        dy, x = _wide(dy), _wide(x)
+        return reference.linear_gradient(dy, x, positions(offsets, starts, (dy.shape[1], x.shape[1]))).to(dtype)
+    return kernels.linear_gradient(dy, x, offsets, starts).to(dtype)
 
 
 def _linear_gradient_fake(dy: Tensor, x: Tensor, offsets: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,7 +139,7 @@ def _conv2d_kernel(
     groups: int,
 ) -> Tensor:
     backend_for(x)
-    return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
+    return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _conv2d_fake(
@@ -163,8 +154,7 @@ def _conv2d_fake(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    window = _window(weight.shape[2:], stride, padding, dilation, groups)
-    return x.new_empty(x.shape[0], weight.shape[0], *window.out_size(x.shape[2], x.shape[3]))
+    return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -180,11 +170,13 @@ def _conv2d_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _conv2d_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets, starts = ctx.saved_tensors
-    _, stride, padding, dilation, groups = window = ctx.window
+    window = ctx.window
     with torch.no_grad():
         dx = entries = None
         if weight is not None:
-            dx = torch.nn.grad.conv2d_input(ctx.shape, weight, dy, stride, padding, dilation, groups)
+            given = dy.new_empty(1).expand(ctx.shape)  # asked for its shape alone
+            moves = (*window[1:4], False, (0, 0), window.groups)
+            dx = torch.ops.aten.convolution_backward(dy, given, weight, None, *moves, (True, False, False))[0]
         if x is not None:
             entries = _conv2d_gradient(dy, x, offsets, starts, *window, ctx.dtype)
         bias = dy.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[5] else None
@@ -204,11 +196,12 @@ def _conv2d_gradient_kernel(
     groups: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    window = _window(size, stride, padding, dilation, groups)
-    shape = (dy.shape[1], x.shape[1] // groups, *window.size)
-    backend_for(dy)
-    dy, x = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in (dy, x))
-    return reference.conv2d_gradient(dy, x, positions(offsets, starts, shape), shape, *window[1:]).to(dtype)
+    window, kernels = _window(size, stride, padding, dilation, groups), _compiled(dy)
+    if kernels is None:
+        dy, x = _wide(dy), _wide(x)
+        shape = (dy.shape[1], x.shape[1] // groups, *window.size)
+        return reference.conv2d_gradient(dy, x, positions(offsets, starts, shape), shape, *window[1:]).to(dtype)
+    return kernels.conv2d_gradient(dy, x, offsets, starts, window).to(dtype)
 
 
 def _conv2d_gradient_fake(
@@ -235,30 +228,49 @@ def _adamw_kernel(
     second: Tensor,
     master: Tensor | None,
     scale: Tensor,
-    lr: float,
     beta1: float,
     beta2: float,
+    keep: float,
+    rate: float,
+    root: float,
     eps: float,
-    weight_decay: float,
-    step: int,
 ) -> None:
-    backend_for(weight)
+    kernels, hyper = _compiled(weight), Hyper(beta1, beta2, keep, rate, root, eps)
     flat = weight if weight.is_contiguous() else weight.contiguous()
-    reference.adamw_(
-        flat, grad.to(first.dtype) * scale, positions(offsets, starts, weight.shape), first, second, master,
-        lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, step=step,
-    )  # fmt: skip
+    if kernels is None:
+        entries = positions(offsets, starts, weight.shape)
+        reference.update_(flat, grad.to(first.dtype) * scale, entries, first, second, master, *hyper)
+    else:
+        kernels.adamw_(flat, grad, offsets, starts, first, second, master, scale, hyper)
     if flat is not weight:
         weight.copy_(flat)
+    # compiled code writes where torch does not see it; a backward that still needs the weight has to
+    torch.autograd.graph.increment_version([tensor for tensor in (weight, first, second, master) if tensor is not None])
 
 
 def _adamw_fake(*_: Any) -> None:
     return None
 
 
+def _compiled(tensor: Tensor) -> Any:
+    """The module with what runs on such a tensor; None for the reference."""
+    backend = backend_for(tensor)
+    if backend == _dispatch.CPU:
+        from kernels.masked_grad import cpu as module
+    elif backend == _dispatch.TRITON:
+        from kernels.masked_grad import triton as module
+    else:
+        return None
+    return module
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 def _window(size: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Window:
-    pairs = ((pair[0], pair[1]) for pair in (size, stride, padding, dilation))
-    return Window(*pairs, groups)
+    size, stride, padding, dilation = ((pair[0], pair[1]) for pair in (size, stride, padding, dilation))
+    return Window(size, stride, padding, dilation, groups)
 
 
 def _once(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -302,8 +314,8 @@ for _definition, _kernel, _fake in (
     ),
     (
         "masked_grad_adamw_(Tensor(a!) weight, Tensor grad, Tensor offsets, Tensor starts, Tensor(b!) first, "
-        "Tensor(c!) second, Tensor(d!)? master, Tensor scale, float lr, float beta1, float beta2, float eps, "
-        "float weight_decay, int step) -> ()",
+        "Tensor(c!) second, Tensor(d!)? master, Tensor scale, float beta1, float beta2, float keep, float rate, "
+        "float root, float eps) -> ()",
         _adamw_kernel,
         _adamw_fake,
     ),

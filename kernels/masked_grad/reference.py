@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -49,7 +47,9 @@ def conv2d_gradient(
     groups: int,
 ) -> Tensor:
     """The chosen entries [k] of the gradient of a convolution's weight, which is of `shape`."""
-    return torch.nn.grad.conv2d_weight(x, list(shape), dy, stride, padding, dilation, groups).flatten()[positions]
+    moves = (stride, padding, dilation, False, (0, 0), groups)  # neither transposed nor padded on one side
+    dense = torch.ops.aten.convolution_backward(dy, x, x.new_empty(shape), None, *moves, (False, True, False))[1]
+    return dense.flatten()[positions]
 
 
 def adamw_(
@@ -58,7 +58,7 @@ def adamw_(
     positions: Tensor,
     first: Tensor,
     second: Tensor,
-    master: Tensor | None,
+    master: Tensor | None = None,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -68,17 +68,34 @@ def adamw_(
 ) -> None:
     """Step number `step` >= 1 of AdamW (Loshchilov and Hutter 2019, algorithm 2), in place, on the chosen entries.
 
-    weight of any shape, contiguous; grad, moments and master [k]. A weight of bfloat16 is updated in float32 and rounded;
+    weight of any shape, contiguous; grad, moments and master [k]. A bfloat16 weight is updated in float32 and rounded;
     with a master, which is the same number in float32, nothing is lost between steps.
     """
+    rate, root = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
+    update_(weight, grad, positions, first, second, master, *betas, 1 - lr * weight_decay, rate, root, eps)
+
+
+def update_(
+    weight: Tensor,
+    grad: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    second: Tensor,
+    master: Tensor | None,
+    beta1: float,
+    beta2: float,
+    keep: float,
+    rate: float,
+    root: float,
+    eps: float,
+) -> None:
+    """`adamw_` with its factors at hand: w keep - rate m / (sqrt(v) root + eps)."""
     flat = weight.view(-1)
     value = (flat[positions] if master is None else master).to(first.dtype)
     gradient = grad.to(first.dtype)
-    first.lerp_(gradient, 1 - betas[0])
-    second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    slope = first / (1 - betas[0] ** step)
-    size = second.sqrt() / math.sqrt(1 - betas[1] ** step) + eps
-    value = value * (1 - lr * weight_decay) - lr * slope / size
+    first.lerp_(gradient, 1 - beta1)
+    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    value = value * keep - rate * first / (second.sqrt() * root + eps)
     flat.index_copy_(0, positions, value.to(weight.dtype))
     if master is not None:
         master.copy_(value)

@@ -16,8 +16,8 @@ MOST = 2**31 - 1  # entries: tile pointers are int32
 class Selection:
     """Chosen entries of a weight of `shape`, seen as a matrix [O, everything else] (one row if it has one dimension).
 
-    The matrix is cut into tiles of 128 x 128, the last ones smaller. Entries come tile by tile, tiles from left to right
-    and then down, and inside a tile likewise: this is the order of values, gradients and moments.
+    The matrix is cut into tiles of 128 x 128, the last ones smaller. Entries come tile by tile, tiles from left to
+    right and then down, and inside a tile likewise: this is the order of values, gradients and moments.
 
     offsets  int16 [k], 128 row + column within the tile: 0 .. 16383
     starts   int32 [tiles + 1], where the entries of each tile begin
@@ -32,11 +32,17 @@ class Selection:
     def __post_init__(self) -> None:
         rows, columns = tiles(self.shape)
         found = (self.offsets.dtype, self.starts.dtype, tuple(self.starts.shape), self.offsets.ndim)
-        if found != (torch.int16, torch.int32, (rows * columns + 1,), 1):
+        if found != (torch.int16, torch.int32, (rows * columns + 1,), 1) or self.offsets.device != self.starts.device:
             raise ValueError(
-                f"Selection: got offsets {self.offsets.dtype} {list(self.offsets.shape)} and starts {self.starts.dtype} "
-                f"{list(self.starts.shape)} for a weight of {list(self.shape)}; expected int16 [k] and int32 "
-                f"[{rows * columns + 1}]; make one with Selection.from_mask"
+                f"Selection: got offsets {self.offsets.dtype} {list(self.offsets.shape)} and starts "
+                f"{self.starts.dtype} {list(self.starts.shape)} for a weight of {list(self.shape)}; expected int16 [k] "
+                f"and int32 [{rows * columns + 1}] on one device; make one with Selection.from_mask"
+            )
+        if not _in_order(self):  # a kernel would write elsewhere
+            raise ValueError(
+                f"Selection: got offsets or starts that do not fit a weight of {list(self.shape)}; expected starts "
+                "that grow from 0 to k, and in each tile growing offsets within the weight; make one with "
+                "Selection.from_mask"
             )
 
     @classmethod
@@ -175,6 +181,17 @@ def put_(weight: Tensor, flat: Tensor, values: Tensor) -> Tensor:
         else:
             weight.index_put_(torch.unravel_index(flat, weight.shape), values.to(weight.dtype))
     return weight
+
+
+def _in_order(selection: Selection) -> bool:
+    offsets, starts = selection.offsets, selection.starts
+    if int(starts[0]) != 0 or int(starts[-1]) != len(offsets) or bool((starts.diff() < 0).any()):
+        return False
+    (rows, columns), across = matrix(selection.shape), max(tiles(selection.shape)[1], 1)
+    tile = torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
+    inside = (offsets >= 0) & (tile // across * TILE + offsets // TILE < rows)
+    inside &= tile % across * TILE + offsets % TILE < columns
+    return bool((inside & (tile * TILE**2 + offsets).diff(prepend=tile.new_full((1,), -1)).gt(0)).all())
 
 
 def _bucketed(flat: Tensor, shape: tuple[int, ...]) -> Selection:

@@ -27,7 +27,8 @@ class Moments:
     @classmethod
     def zeros(cls, selection: Selection, dtype: torch.dtype = torch.float32) -> Moments:
         """Before the first step, on the selection's device."""
-        return cls(*(torch.zeros(selection.count, dtype=dtype, device=selection.device) for _ in range(2)))
+        first, second = (torch.zeros(selection.count, dtype=dtype, device=selection.device) for _ in range(2))
+        return cls(first, second)
 
 
 def adamw_(
@@ -64,11 +65,11 @@ def adamw_(
             "0 <= beta < 1 and the others >= 0"
         )
     scale = torch.as_tensor(grad_scale, dtype=state.first.dtype, device=weight.device).reshape(())
-    state.step += 1
-    ops.adamw_(
-        weight.detach(), grad.detach(), selection, state.first, state.second, master, scale,
-        lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=state.step,
-    )  # fmt: skip
+    step = state.step + 1
+    rate, root = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
+    hyper = ops.Hyper(*betas, 1 - lr * weight_decay, rate, root, eps)
+    ops.adamw_(weight.detach(), grad.detach(), selection, state.first, state.second, master, scale, hyper)
+    state.step = step
 
 
 def clip_scale(grads: Sequence[Tensor], max_norm: float) -> Tensor:
@@ -93,7 +94,8 @@ def _check(weight: Tensor, grad: Tensor, selection: Selection, state: Moments, m
     call = "kernels.masked_grad.adamw_"
     if tuple(weight.shape) != selection.shape:
         raise ValueError(
-            f"{call}: got a weight of {list(weight.shape)} and a selection of {list(selection.shape)}; expected the same"
+            f"{call}: got a weight of {list(weight.shape)} and a selection of {list(selection.shape)}; expected "
+            "the same"
         )
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     tensors = {"grad": grad, "state.first": state.first, "state.second": state.second, "master": master}

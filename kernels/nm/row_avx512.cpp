@@ -1,14 +1,14 @@
 // The products over Avx512 lanes. This file alone is compiled with their flags; run only where the processor has them.
 #include "../simd/lanes_avx512.h"
+#include "../simd/transpose_avx2.h"
 #include "row_simd.h"
-#include "transpose_avx2.h"
 
 namespace kernels::nm {
 
 const RowOps& avx512_row_ops() {
     static const RowOps ops = [] {
         RowOps ops = simd_row_ops<simd::Avx512>("avx512");
-        ops.transpose = transpose_avx2;
+        ops.transpose = simd::transpose_avx2;
         return ops;
     }();
     return ops;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../simd/transpose.h"
 #include "row.h"
 
 namespace kernels::nm {
@@ -230,15 +231,9 @@ void sampled(const Packed& w, int64_t block, int64_t first, int64_t last, const 
     with_vectors(vectors, [&](auto v) { sampled_rows<L, v>(w, block, first, last, dy, x, out); });
 }
 
-inline void transpose_plain(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out,
-                            int64_t out_stride) {
-    for (int64_t column = 0; column < columns; ++column)
-        for (int64_t row = 0; row < rows; ++row) out[column * out_stride + row] = in[row * in_stride + column];
-}
-
 template <class L>
 RowOps simd_row_ops(const char* name) {
-    return {name, L::N, few<L>, many<L>, listed<L>, sampled<L>, transpose_plain};
+    return {name, L::N, few<L>, many<L>, listed<L>, sampled<L>, simd::transpose_plain};
 }
 
 } // namespace

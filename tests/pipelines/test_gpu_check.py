@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipelines import gpu_check
-from pipelines.gpu import attention, ct, nm, report
+from pipelines.gpu import attention, ct, masked_grad, nm, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +52,7 @@ def test_the_checks_run_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     result = run("--interpret", "--folder", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "113 of 113 checks hold" in result.stdout
+    assert "134 of 134 checks hold" in result.stdout
     assert not list(tmp_path.iterdir()), "an interpreter's run is no result of a GPU"
 
 
@@ -110,6 +110,34 @@ def test_wrong_products_and_masks_fail_the_checks(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patched:
             patched.setattr(module, name, wrong)
             assert expected in check(), expected
+
+
+def test_wrong_masked_gradients_fail_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELS_BACKEND", "reference")
+    check = lambda: {result.name for result in masked_grad.checks(torch.device("cpu"), tiny=True) if not result.ok}  # noqa: E731
+    ours = masked_grad.masked_grad
+    linear, conv2d, adamw = ours.linear, ours.conv2d, ours.adamw_
+    assert not check()
+    entries = {"chosen entries against float64"}
+
+    def shaky(x: torch.Tensor, *others):
+        return linear(x + 1e-3 * torch.rand(1), *others)
+
+    for name, wrong, expected in (
+        ("linear", lambda x, w, v, s: linear(x, w * 1.01, v, s), {"input gradient"}),
+        ("linear", lambda x, w, v, s: linear(x.roll(1, -1), w, v, s), entries),
+        ("linear", shaky, {"not the same again"}),
+        ("conv2d", lambda x, w, v, s, b, *m: conv2d(x.flip(-1), w, v, s, b, *m), entries),
+        (
+            "adamw_",
+            lambda w, g, s, m, lr, master: adamw(w, g, s, m, lr=lr * 1.05, master=master),
+            {"AdamW as specified"},
+        ),
+        ("adamw_", lambda w, g, s, m, lr, master: adamw(w, g, s, m, lr=lr), {"AdamW as specified, with a master"}),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(ours, name, wrong)
+            assert expected <= check(), expected
 
 
 def test_wrong_attention_fails_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "row_simd.h"
+#include "transpose.h"
 
-namespace kernels::nm {
+namespace kernels::simd {
 namespace { // one copy for each translation unit
 
 inline void transpose_square(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
@@ -40,4 +40,4 @@ inline void transpose_avx2(const float* in, int64_t in_stride, int64_t rows, int
 }
 
 } // namespace
-} // namespace kernels::nm
+} // namespace kernels::simd
