@@ -163,12 +163,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _part(path: Path, name: str, tensors: dict[str, Tensor], about: Any) -> Part:
-    """One parameter's part, with every place checked: a wrong one would be written to."""
+    """One parameter's part; `Selection` checks every place."""
     try:
         selection = Selection(tuple(about["shape"]), tensors[f"{name}.offsets"], tensors[f"{name}.starts"])
-        places = selection.positions()
-        if Selection.from_positions(places, selection.shape) != selection:
-            raise ValueError("places out of order")
         stored, dtype = tensors[f"{name}.values"], getattr(torch, about["dtype"])
         if (
             stored.shape != (selection.count,)

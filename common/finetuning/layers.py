@@ -123,7 +123,7 @@ class Entries:
 
     def write(self, values: Tensor) -> None:
         """Put values [k] into `chosen`."""
-        self.chosen.to(self.parameter.device).scatter_(self.weight, values.to(self.parameter.device))
+        self._placed().scatter_(self.weight, values.to(self.parameter.device))
 
     def release(self) -> None:
         """The plain layer back, its weight as it is."""
@@ -136,7 +136,12 @@ class Entries:
         self.leaf.grad = None
 
     def _gather(self) -> Tensor:
-        return self.chosen.to(self.parameter.device).gather(self.weight).cpu()
+        return self._placed().gather(self.weight).cpu()
+
+    def _placed(self) -> Selection:
+        """`chosen` on the parameter's device."""
+        _ = self.selection  # brings both
+        return self.chosen
 
     def _masked(self, grad: Tensor) -> Tensor:
         return grad * self.selection.mask()

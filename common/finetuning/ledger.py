@@ -3,9 +3,8 @@
     ledger = measure(lambda: train_step(model, optimizer, batch), model, optimizer)
     ledger.peak, ledger.at_peak["transient"]
 
-Every operation's results are seen and dropped from the books when the last tensor on their memory dies, wherever it is
-held (by autograd, too). Our own ops are looked into. What a library takes inside one operation and gives back is not
-seen: on CUDA `allocated` has it.
+Counted as in common.metrics.memory. What a library takes inside one operation and gives back is not seen: on CUDA
+`allocated` has it.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.finetuning.layers import ChosenLayer
+from common.metrics.memory import StorageTracker
 
 __all__ = ["Category", "Ledger", "Tracker", "measure"]
 
-Category = Literal["weights", "indices", "gradients", "moments", "activations", "transient", "update"]
+Category = Literal["weights", "indices", "base", "gradients", "moments", "activations", "transient", "update"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-OWN = "resparse"  # the namespace of our ops
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Ledger:
 
     weights      the model's parameters and buffers
     indices      which entries are trained, of sparse methods
+    base         values before the training, where an adapter keeps them; always on the CPU
     gradients    persistent: in `.grad`, until the optimizer's step
     moments      the optimizer's state
     activations  made in the forward pass and alive, for the backward pass or the forward's own use
@@ -74,6 +73,7 @@ def measure(step: Callable[[], Any], model: nn.Module, optimizer: Any) -> Ledger
     tracker = Tracker()
     tracker.enter("weights", [*model.parameters(), *model.buffers()])
     tracker.enter("indices", _indices(model))
+    tracker.enter("base", [layer.entries.base for layer in _layers(model)])
     tracker.enter("moments", _moments(optimizer))
     tracker.enter("gradients", [p.grad for p in model.parameters() if p.grad is not None])
     kept = tracker.now()
@@ -98,84 +98,73 @@ def measure(step: Callable[[], Any], model: nn.Module, optimizer: Any) -> Ledger
     if not tracker.peaks["gradients"]:
         raise RuntimeError("ledger.measure: the step made no gradient; expected one that calls loss.backward()")
     allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Ledger(sum(tracker.at_peak.values()), tracker.at_peak, tracker.peaks, kept, allocated)
+    return Ledger(tracker.peak, tracker.at_peak, tracker.peaks, kept, allocated)
 
 
-class Tracker(TorchDispatchMode):
-    """Books of the memory that is alive while it is entered: storages by category, with peaks.
+class Tracker(StorageTracker):
+    """Books of the memory that is alive: storages by category, with peaks.
 
-    Results made in a backward pass are `transient`, others what `phase` last said: `activations` at first.
+    What is made in a backward pass is `transient`, else it is what `phase` last said: `activations` at first.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._live: dict[int, tuple[int, Category, weakref.ref]] = {}
+        self._books: dict[int, Category] = {}  # by storage
         self._bytes: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         self._phase: Category = "activations"
-        self.peaks = self.now()
-        self.at_peak = self.now()
+        self.peaks, self.at_peak = self.now(), self.now()
 
     def now(self) -> dict[Category, int]:
         """Bytes alive by category."""
         return dict(self._bytes)
 
     def phase(self, category: Category) -> None:
-        """What results outside of backward passes are from now on."""
+        """What is made outside of backward passes from now on."""
         self._phase = category
 
-    def enter(self, category: Category, tensors: Iterable[Any]) -> None:
+    def enter(self, category: Category, tensors: Iterable[Tensor | None]) -> None:
         """Book the memory of these tensors (None is passed over) in this category, wherever it was before."""
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._book(tensor, category, again=True)
+        for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
+            before = self._books.get(storage._cdata)
+            if before is None:
+                self._book(storage, category)
+            elif before != category:
+                self._bytes[before] -= storage.nbytes()
+                self._bytes[category] += storage.nbytes()
+                self._books[storage._cdata] = category
         self._look()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == OWN:
-            with self:  # what the op makes inside is of interest, too
-                device = next(leaf.device.type for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-                key = torch._C.DispatchKey.CUDA if device == "cuda" else torch._C.DispatchKey.CPU
-                out = func.redispatch(torch._C.DispatchKeySet(key), *args, **(kwargs or {}))
-        else:
-            out = func(*args, **(kwargs or {}))
-        category: Category = "transient" if torch._C._current_graph_task_id() != -1 else self._phase
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                self._book(leaf, category)
-        self._look()
-        return out
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._books:
+            self._book(storage, "transient" if torch._C._current_graph_task_id() != -1 else self._phase)
+            self._look()
 
-    def _book(self, tensor: Tensor, category: Category, again: bool = False) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        known = self._live.get(key)
-        if known is not None and known[2]() is not None:
-            if not again or known[1] == category:
-                return
-            self._bytes[known[1]] -= known[0]
-        elif known is not None:  # its memory died, and the callback has yet to come
-            self._bytes[known[1]] -= known[0]
-        size = storage.nbytes()
-        self._live[key] = (size, category, weakref.ref(storage, lambda dead: self._drop(key, dead)))
+    def _book(self, storage: torch.UntypedStorage, category: Category) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def freed(_: Any) -> None:
+            self._bytes[self._books.pop(key)] -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self._books[key] = category
         self._bytes[category] += size
-
-    def _drop(self, key: int, dead: weakref.ref) -> None:
-        known = self._live.get(key)
-        if known is not None and known[2] is dead:
-            del self._live[key]
-            self._bytes[known[1]] -= known[0]
 
     def _look(self) -> None:
         for category, size in self._bytes.items():
             self.peaks[category] = max(self.peaks[category], size)
-        if sum(self._bytes.values()) > sum(self.at_peak.values()):
-            self.at_peak = self.now()
+        self.live = sum(self._bytes.values())
+        if self.live > self.peak:
+            self.peak, self.at_peak = self.live, self.now()
+
+
+def _layers(model: nn.Module) -> list[ChosenLayer]:
+    return [module for module in model.modules() if isinstance(module, ChosenLayer)]
 
 
 def _indices(model: nn.Module) -> list[Tensor]:
     """Of the layers that train chosen entries."""
-    layers = [module for module in model.modules() if isinstance(module, ChosenLayer)]
-    chosen = [s for layer in layers for s in (layer.entries.selection, layer.entries.chosen)]
+    chosen = [s for layer in _layers(model) for s in (layer.entries.selection, layer.entries.chosen)]
     return [tensor for selection in chosen for tensor in (selection.offsets, selection.starts)]
 
 

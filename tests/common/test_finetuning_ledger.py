@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.finetuning import SaraAdamW
+from common.finetuning import SaraAdamW, SaraConfig, get_peft_model
 from common.finetuning.ledger import Ledger, Tracker, measure
 from common.finetuning.methods import attach
 
@@ -63,6 +63,12 @@ def test_a_sparse_step_costs_14_bytes_an_entry_between_and_after_the_passes() ->
     assert found.kept["moments"] == 8 * count
     assert found.peaks["gradients"] == 4 * count
     assert found.kept["weights"] == 4 * WIDE * WIDE * 4 + 4 * 4, "and one number for each layer's leaf"
+
+
+def test_an_adapter_keeps_its_base_too() -> None:
+    model = get_peft_model(tower(4), SaraConfig(fraction=0.05))
+    found = ledger(model, SaraAdamW(model, lr=1e-3))
+    assert found.kept["base"] == 4 * model.sparse.count and found.kept["moments"] == 8 * model.sparse.count
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
