@@ -45,9 +45,13 @@ class ResNetCifar(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.features(image))
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the last linear layer sees, [B, 4 width]."""
         x = F.relu(self.norm(self.stem(image)))  # [B, width, H, W]
         x = self.blocks(x)  # [B, 4 width, H/4, W/4]
-        return self.head(x.mean(dim=(2, 3)))
+        return x.mean(dim=(2, 3))
 
 
 class _Block(nn.Module):
