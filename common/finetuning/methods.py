@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import seeds
 from common.finetuning.config import Select
 from common.finetuning.optimizer import SaraAdamW
-from common.finetuning.selecting import Sparse, Target, choose, number_of, targets
+from common.finetuning.selecting import Sparse, Target, choose, targets
 from common.finetuning.selecting import attach as train_entries
 from common.models import lora
 
@@ -165,7 +166,7 @@ def _by_matrix(how: Select) -> Callable[[_Wish], tuple[torch.optim.Optimizer, in
             done += count
             if count:
                 weights = {target.name: target.weight}
-                chosen |= choose(weights, count, how, number_of(f"{wish.seed} {target.name}"))[0]
+                chosen |= choose(weights, count, how, seeds.derived(wish.seed, target.name))[0]
         sparse = train_entries(wish.model, found, chosen)
         return wish.entries(sparse), sparse.count
 

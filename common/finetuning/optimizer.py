@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from common import seeds
 from common.finetuning.config import SaraConfig
 from common.finetuning.layers import Entries
 from common.finetuning.nuclear import subgradient
@@ -204,7 +204,7 @@ class SaraAdamW(torch.optim.Optimizer):
         if self.config.rank_matrices == "all" or not trained:
             return trained
         # from the step alone, so that a training that goes on draws the same
-        return [random.Random(f"{self.config.seed} {self.steps}").choice(trained)]
+        return [trained[seeds.derived(self.config.seed, "matrix", self.steps) % len(trained)]]
 
     def _adjust(self) -> None:
         """From now on only the entries that are still below theta."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common import seeds
 from common.finetuning.config import SaraConfig, Select
 from common.finetuning.layers import DTYPES, ChosenConv1D, ChosenLayer, Entries, kind_of
 from kernels.masked_grad import Selection
@@ -157,7 +157,7 @@ def choose(
 
     def keys() -> Iterator[tuple[str, Tensor]]:
         for index, (name, values) in enumerate(source.items()):
-            yield name, _keys(values, how, f"{seed} {index}", wide)
+            yield name, _keys(values, how, wide, seeds.generator(seed, "entries", index))
 
     wide = any(values.dtype == torch.float64 for values in source.values())
     bound, short = _smallest(keys, count, 64 if wide else 32)
@@ -231,20 +231,14 @@ def _wanted(served: set[str], modules: Sequence[str] | str | None, model: nn.Mod
     return chosen
 
 
-def _keys(values: Tensor, how: Select, seed: str, wide: bool) -> Tensor:
+def _keys(values: Tensor, how: Select, wide: bool, draw: torch.Generator) -> Tensor:
     """int32 (wide: int64) [all entries], >= 0: the smaller, the sooner chosen."""
     if how == "random":
-        draw = torch.Generator().manual_seed(number_of(seed))
         return torch.randint(2**31 - 1, (values.numel(),), generator=draw, dtype=torch.int32).to(values.device)
     # bits of a non-negative float are ordered as it is
     bits = values.abs().to(torch.float64 if wide else torch.float32).reshape(-1).contiguous()
     bits = bits.view(torch.int64 if wide else torch.int32)
     return torch.iinfo(bits.dtype).max - bits if how == "largest" else bits
-
-
-def number_of(text: str) -> int:
-    """A seed of 63 bits, the same in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _smallest(keys: Callable[[], Iterator[tuple[str, Tensor]]], count: int, bits: int) -> tuple[int, int]:
