@@ -197,7 +197,11 @@ def _loop(step: Any, tuned: SaraModel, optimizer: SaraAdamW, found: Findings, op
             bar.set_postfix(loss=f"{found.losses[-1]:.3g}")
             if len(found.losses) % every == 0 or time.monotonic() - looked > CHECKPOINT_S:
                 looked = time.monotonic()
-                _keep(tuned, optimizer, found, options)
+                try:
+                    _keep(tuned, optimizer, found, options)
+                except OSError as error:
+                    why = error.strerror or error
+                    bar.write(f"resparse: {options.out / CHECKPOINT} was not written ({why}); the training goes on")
 
 
 def _encoded(model: PretrainedTextToImage, pictures: list[tuple[Path, str]], options: Options) -> tuple[Tensor, Tensor]:

@@ -199,10 +199,10 @@ def _lt_sft(wish: _Wish) -> tuple[torch.optim.Optimizer, int, Callable[[], Attac
 
 def _lora(wish: _Wish) -> tuple[torch.optim.Optimizer, int]:
     found = ranks(_plain_layers(wish), wish.budget)
-    torch.manual_seed(wish.seed)
     trained = []
-    for rank in sorted(set(found.values())):
-        trained += lora.add(wish.model, lambda name, rank=rank: found.get(name) == rank, rank=rank)
+    with seeds.isolated(f"lora {wish.seed}"):
+        for rank in sorted(set(found.values())):
+            trained += lora.add(wish.model, lambda name, rank=rank: found.get(name) == rank, rank=rank)
     _train_only(wish.model, trained)
     return wish.adamw(trained), _count(trained)
 
@@ -212,10 +212,10 @@ def _dora(wish: _Wish) -> tuple[torch.optim.Optimizer, int]:
 
     found = ranks(_plain_layers(wish), wish.budget, magnitude=True)
     names = {re.escape(name): rank for name, rank in found.items()}
-    torch.manual_seed(wish.seed)
     config = LoraConfig(use_dora=True, target_modules="|".join(names), rank_pattern=names)
     config.alpha_pattern = dict(names)  # alpha = rank: the change has factor 1
-    inject_adapter_in_model(config, wish.model)
+    with seeds.isolated(f"dora {wish.seed}"):
+        inject_adapter_in_model(config, wish.model)
     trained = [parameter for name, parameter in wish.model.named_parameters() if "lora_" in name]
     _train_only(wish.model, trained)
     return wish.adamw(trained), _count(trained)

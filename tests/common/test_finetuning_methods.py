@@ -153,6 +153,25 @@ def test_ranks_are_even_and_what_is_left_buys_none(budget: int, magnitude: bool)
     assert open_ranks == [] or budget < 1000 or max(open_ranks) - min(open_ranks) <= 8
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "random", "shira"])
+def test_what_is_drawn_is_the_seeds_and_nobody_elses(method: str) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+
+    def end(seed: int) -> dict[str, Tensor]:
+        made = made_with(method, seed=seed)
+        train(made, 2)
+        return dict(made.model.state_dict())
+
+    first, again, other = end(1), end(1), end(2)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items() if name in other)
+    model = network()
+    torch.manual_seed(5)
+    attach(model, method, lr=1e-3, budget=1500)
+    assert torch.equal(torch.rand(3), expected), "the global generator is left alone"
+
+
 def test_lora_adapts_what_it_can_and_only_what_is_meant() -> None:
     made = made_with("lora")
     adapted = {name for name, module in made.model.named_modules() if isinstance(module, LowRank)}

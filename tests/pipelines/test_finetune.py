@@ -160,6 +160,16 @@ def test_a_full_disk_at_the_end_loses_nothing(pipeline: str, images: Path, tmp_p
     assert "goes on after 6 steps" in done(*given)
 
 
+def test_a_full_disk_in_the_midst_stops_no_training(pipeline: str, images: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(finetune_training, "_keep", full)
+    said = done("--model", pipeline, "--images", images, "--out", tmp_path / "out", *SMALL)
+    assert "was not written (No space left on device); the training goes on" in said
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["losses"]) == 6
+
+
 def test_captions_that_are_missing_are_named(images: Path) -> None:
     found = {path.name: text for path, text in captioned(images)}
     assert found == {"a.png": "chair", "b.jpg": "a chair", "c.png": "a chair chair"}
