@@ -66,5 +66,8 @@ class SaraConfig:
             refuse(f"progressive_at={self.progressive_at}", "a share between 0 and 1, e.g. 0.5, or None")
         if self.progressive_at is not None and self.select != "smallest":
             refuse(f"progressive_at with select={self.select!r}", "select='smallest': it goes by what is still small")
-        if isinstance(self.target_modules, Sequence) and not self.target_modules:
-            refuse(f"target_modules={self.target_modules!r}", "at least one name, or None for every module")
+        modules = self.target_modules
+        if modules is not None and (not isinstance(modules, Sequence) or not modules):
+            refuse(
+                f"target_modules={modules!r}", "a list of at least one name, an expression, or None for every module"
+            )

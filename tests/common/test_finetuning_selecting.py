@@ -176,6 +176,7 @@ def test_a_layer_that_is_used_twice_is_one_target() -> None:
         ({"fraction": 0.1, "progressive_at": 1.5}, "between 0 and 1"),
         ({"fraction": 0.1, "lambda_rank": -1}, "0 or more"),
         ({"fraction": 0.1, "target_modules": []}, "at least one name"),
+        ({"fraction": 0.1, "target_modules": {"to_q"}}, "a list of at least one name"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(given_config: dict, words: str) -> None:
