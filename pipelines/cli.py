@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines import scene, sparsify
+from pipelines import finetune, scene, sparsify
 
 # Other imports of ours stand inside the commands: `resparse --help` must not wait for torch.
 
@@ -33,6 +33,7 @@ data_app = typer.Typer(help="Data sets: what is known, what is here, where it li
 app.add_typer(data_app, name="data")
 app.add_typer(scene.app, name="scene")
 app.command("sparsify")(sparsify.sparsify)
+app.command("finetune")(finetune.finetune)
 
 Slug = Annotated[str, typer.Argument(help="the paper's folder under papers/, for instance gloredi")]
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="a registered name, see `resparse data list`")]
