@@ -122,7 +122,7 @@ def test_a_real_model_learns_is_saved_loaded_and_taken_back(name: str, tmp_path:
     model = get_peft_model(made(name), SaraConfig(fraction=0.1))
     optimizer = SaraAdamW(model, lr=2e-2)
     losses = []
-    for _ in range(8):
+    for _ in range(16):
         optimizer.zero_grad()
         value = loss(model)
         value.backward()
