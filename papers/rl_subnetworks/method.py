@@ -88,7 +88,7 @@ def rank_share(before: State, after: State) -> float:
     """Rank of the update over the largest possible, mean over all matrices whose weights changed at all."""
     shares = []
     for name, weight in before.items():
-        update = (after[name] - weight).double()
+        update = after[name] - weight  # in float32: its last digits are noise, which more precision would count
         if update.ndim == 2 and update.any():
             shares.append(torch.linalg.matrix_rank(update).item() / min(update.shape))
     return sum(shares) / len(shares) if shares else 0.0
