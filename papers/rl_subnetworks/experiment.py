@@ -67,9 +67,9 @@ def arms(params: Params) -> list[Arm]:
     found = [
         Arm(name, precision, params.rate)
         for name in params.arms
-        for precision in (PRECISIONS if name in ("rl", "sft") else PRECISIONS[1:2])
+        for precision in (PRECISIONS if name in ("rl", "sft") else ("master",))
     ]
-    return found + [Arm("rl", "bfloat16", rate) for rate in params.other_rates]
+    return found + [Arm("rl", "master", rate) for rate in params.other_rates]
 
 
 # ------------------------------------------------------------------------------------------------------ the base model

@@ -62,7 +62,8 @@ def bars(ax: Axes, groups: Mapping[str, Mapping[str, Sequence[float]]], ylabel: 
             ax.plot([at] * len(values[name]), values[name], ".", color="black", markersize=3)
     ax.set_xticks(range(len(groups)), list(groups))
     ax.set(ylabel=ylabel)
-    ax.legend(fontsize="small")
+    if len(names) > 1:
+        ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     return ax
 
 

@@ -24,9 +24,9 @@ class Params:
 
     Fine-tuning
         arms           compared with each other, `rl` and `sft` among them; see `experiment.ARMS`. These two are trained
-                       in every precision, the others in bfloat16
+                       in every precision, the others with a master copy
         rate           learning rate, constant, the same for all arms: AdamW without weight decay
-        other_rates    at which `rl` is trained too, as `master`
+        other_rates    at which `rl` is trained too, with a master copy
         steps          the most optimizer steps
         target         accuracy at which a training ends, so that arms are compared at equal accuracy
         check          steps between two looks at the accuracy

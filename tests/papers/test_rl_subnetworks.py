@@ -188,7 +188,7 @@ def test_every_arm_trains_and_repeats() -> None:
     params = tiny(arms=["rl", "rl_kl", "rl_unclipped", "sft", "sft_far"], other_rates=[0.001])
     state = untrained(params)
     arms = experiment.arms(params)
-    assert [arm.label(params) for arm in arms[-2:]] == ["sft_far/bfloat16", "rl/bfloat16/0.001"] and len(arms) == 10
+    assert [arm.label(params) for arm in arms[-2:]] == ["sft_far/master", "rl/master/0.001"] and len(arms) == 10
     start = experiment.start(state)
     for arm in arms:
         first, second = (experiment.train(params, state, arm, 1) for _ in range(2))

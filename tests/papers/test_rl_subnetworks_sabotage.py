@@ -28,7 +28,8 @@ SEEDS = (0, 1, 2)
 LABELS = [arm.label(PARAMS) for arm in experiment.arms(PARAMS)]
 # Made-up shares of weights that each training moves: values that suit the claims, no measurement.
 MOVES = dict.fromkeys(LABELS, 0.2) | {"rl/float32": 1.0, "sft/float32": 1.0, "rl/master": 0.9, "sft/master": 0.95}
-MOVES |= {"sft/bfloat16": 0.9, "sft_far/bfloat16": 0.6, "rl/bfloat16/3e-05": 0.1, "rl/bfloat16/0.0003": 0.6}
+MOVES |= {"rl_kl/master": 0.9, "rl_unclipped/master": 0.9, "sft_near/master": 0.2, "sft_far/master": 0.6}
+MOVES |= {"sft/bfloat16": 0.9, "rl/master/3e-05": 0.85, "rl/master/0.0003": 0.95}
 
 Rows = Iterable[tuple[str, str, float]]
 Pair = Callable[[], tuple[dict, dict]]
@@ -205,16 +206,16 @@ SABOTAGE: dict[str, Pair] = {
     "seeds-overlap-more-than-by-chance": lambda: (overlaps("common"), overlaps("own")),
     "the-subnetwork-recovers-the-accuracy": alone(sub=0.5),
     "the-subnetwork-recovers-the-weights": alone(apart=0.001),
-    "near-policy-data-make-it": moves(sft_near__bfloat16=0.6, sft_far__bfloat16=0.2),
-    "kl-has-little-impact": moves(rl_kl__bfloat16=0.4),
-    "clipping-has-little-impact": moves(rl_unclipped__bfloat16=0.4),
+    "near-policy-data-make-it": moves(sft_near__master=0.6, sft_far__master=0.2),
+    "kl-has-little-impact": moves(rl_kl__master=0.4),
+    "clipping-has-little-impact": moves(rl_unclipped__master=0.4),
     "in-float32-nearly-all-weights-move": moves(rl__float32=0.5),
     "float32-at-their-tolerance": moves(rl__float32=0.5),
     "at-equal-accuracy": changed(accuracy={"rl/bfloat16": 0.5}),
     "all-reach-the-accuracy": changed(failed="sft/master"),
     "rounding-the-float32-model-makes-it-sparse": moves(rl__float32=0.5),
     "lost-steps-make-most-of-it": moves(rl__bfloat16=0.9),
-    "the-learning-rate-decides": changed(moves={"rl/bfloat16/0.0003": 0.15}),
+    "the-learning-rate-decides": changed(moves={"rl/master/0.0003": 0.5}),
     "small-weights-are-the-subnetwork": lambda: (overlaps("common"), overlaps("smallest")),
     "the-update-is-spread-out": lambda: (carried(0.95), carried(0.1)),
     "it-is-narrower-than-that-of-sft": lambda: (carried(0.2), carried(0.95)),
