@@ -274,9 +274,7 @@ groups = {
 }
 fig, ax = plt.subplots(figsize=(9, 3.6))
 figures.bars(ax, groups, "share of weights unchanged").set(ylim=(0, 1.02))
-record.figure(
-    "causes", fig, "Share of weights unchanged with a master copy, by training data and method; dots: seeds."
-)
+record.figure("causes", fig, "Share of weights unchanged with a master copy, by training data and method; dots: seeds.")
 
 # %% [markdown]
 # ## 7. Published models
