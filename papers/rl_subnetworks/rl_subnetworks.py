@@ -109,7 +109,7 @@ for seed in params.seeds:
 # find a reward. RL is GRPO with a verifier that takes either alphabet. SFT has demonstrations in the usual alphabet;
 # *on own answers* they are the base model's, the wrong ones left out (near its policy); *off policy* they are in the
 # second alphabet. Every arm starts from the same weights in bfloat16, has the same optimizer and learning rate, and
-# ends when it reaches the same accuracy.
+# ends when it reaches the same accuracy, or at a last step.
 
 # %%
 make = partial(experiment.make, params, progress=record.progress)
